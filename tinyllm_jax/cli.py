@@ -1,0 +1,58 @@
+"""What every command shares: one clear line for bad input, exit code 2, no traceback."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from tinyllm_jax.errors import InputError
+
+# Failures of the machine rather than of this code, and what to type when they happen.
+_ADVICE = {
+    errno.ENOSPC: "No space is left there. Free some, or name another disk with --out or "
+    "TINYLLM_DATA_DIR.",
+    errno.EDQUOT: "The disk quota is used up. Free some, or name another disk with --out or "
+    "TINYLLM_DATA_DIR.",
+    errno.EFBIG: "The file would be larger than this process may write. Raise the limit (ulimit "
+    "-f), or name another disk with --out or TINYLLM_DATA_DIR.",
+    errno.EROFS: "That disk is read-only. Name another folder with --out or TINYLLM_DATA_DIR.",
+    errno.EACCES: "This user may not do that there. Name another folder with --out or "
+    "TINYLLM_DATA_DIR, or change the permissions.",
+    errno.EPERM: "This user may not do that there. Name another folder with --out or "
+    "TINYLLM_DATA_DIR, or change the permissions.",
+    errno.ENOTDIR: "A file stands where a folder is needed. Name another folder.",
+    errno.EISDIR: "A folder stands where a file is needed. Name a file.",
+    errno.EEXIST: "Something is already there. Name another folder with --out.",
+}
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command and exit: 0 when done, 2 with one line when its input was wrong.
+
+    Any other exception is a defect of this code and keeps its traceback.
+    """
+    try:
+        code = main()
+    except InputError as error:
+        fail(str(error))
+    except BrokenPipeError:
+        # The reader of stdout (head, less) has gone; nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0)
+        if advice is None:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        fail(f"{place}{os.strerror(error.errno or 0)}. {advice}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(code or 0)
+
+
+def fail(message: str) -> NoReturn:
+    """Print what is wrong on stderr, a line a problem, and exit with code 2."""
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,437 @@
+"""Every setting of the toolkit: its default, unit, range and the rules between settings.
+
+Defaults live here and nowhere else. Presets are TOML files in `configs/`; the command line goes
+over them (`--section.key VALUE`).
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyllm_jax.errors import InputError
+from tinyllm_jax.settings import build, flatten, read_toml, setting, to_table
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and arithmetic of the decoder, in Hugging Face's words."""
+
+    vocab_size: int = setting(1024, "entries of the embedding table", unit="tokens", minimum=8)
+    hidden_size: int = setting(128, "width of the residual stream", minimum=2)
+    intermediate_size: int = setting(384, "width of the SwiGLU hidden layer", minimum=1)
+    num_hidden_layers: int = setting(4, "decoder blocks", minimum=1)
+    num_attention_heads: int = setting(4, "query heads", minimum=1)
+    num_key_value_heads: int = setting(
+        4, "key and value heads; fewer than query heads is GQA, one is MQA", minimum=1
+    )
+    head_dim: int = setting(
+        0, "width of one head; 0 is hidden_size / num_attention_heads", minimum=0
+    )
+    max_position_embeddings: int = setting(
+        256, "longest context the model is made for", unit="tokens", minimum=2
+    )
+    rope_theta: float = setting(10000.0, "base of the rotary frequencies", above=1.0)
+    rms_norm_eps: float = setting(1e-5, "added to the mean square in RMSNorm", above=0.0)
+    tie_word_embeddings: bool = setting(True, "the head reuses the embedding table")
+    initializer_range: float = setting(
+        0.02,
+        "standard deviation of initial weights; projections into the residual stream get this "
+        "divided by sqrt(2 x layers)",
+        above=0.0,
+    )
+    embedding_dropout: float = setting(
+        0.0, "dropout after the embedding", minimum=0.0, maximum=0.95
+    )
+    attention_dropout: float = setting(
+        0.0, "dropout on attention weights", minimum=0.0, maximum=0.95
+    )
+    residual_dropout: float = setting(
+        0.0, "dropout on what each attention or MLP adds to the stream", minimum=0.0, maximum=0.95
+    )
+    mlp_dropout: float = setting(
+        0.0, "dropout inside the MLP, before its last projection", minimum=0.0, maximum=0.95
+    )
+    compute_dtype: str = setting(
+        "auto",
+        "type of activations; weights stay float32 (float64 with float64); auto is bfloat16 on "
+        "GPU and TPU, float32 on CPU",
+        choices=("auto", "float32", "bfloat16", "float64"),
+    )
+    attention: str = setting(
+        "auto",
+        "attention kernel; auto is cudnn where it can run (GPU, bfloat16), else xla",
+        choices=("auto", "xla", "cudnn", "reference"),
+    )
+
+    def __post_init__(self):
+        if self.head_dim == 0 and self.num_attention_heads > 0:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+
+    def problems(self) -> list[str]:
+        """List the rules between these settings that are broken."""
+        found = []
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.head_dim * heads != self.hidden_size and self.hidden_size % heads:
+            found.append(
+                f"model.num_attention_heads={heads} does not divide model.hidden_size="
+                f"{self.hidden_size}. Use one of {divisors(self.hidden_size)}, or set "
+                "model.head_dim."
+            )
+        if heads % kv_heads:
+            found.append(
+                f"model.num_key_value_heads={kv_heads} does not divide model.num_attention_heads="
+                f"{heads}. Use one of {divisors(heads)}."
+            )
+        if self.head_dim % 2:
+            found.append(
+                f"model.head_dim={self.head_dim} is odd, and rotary positions turn pairs. "
+                f"Use model.head_dim={self.head_dim + 1} or another even number."
+            )
+        if self.attention in ("xla", "cudnn") and self.attention_dropout > 0:
+            found.append(
+                f"model.attention={self.attention} has no dropout on attention weights, and "
+                f"model.attention_dropout={self.attention_dropout}. Use model.attention=auto or "
+                "reference."
+            )
+        if self.attention == "cudnn" and self.compute_dtype not in ("auto", "bfloat16"):
+            found.append(
+                f"model.attention=cudnn takes no {self.compute_dtype}. Use "
+                "model.compute_dtype=bfloat16 or model.attention=xla."
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes tokens. The vocabulary size is `model.vocab_size`."""
+
+    kind: str = setting(
+        "sentencepiece",
+        "sentencepiece: BPE with byte fallback; bytelevel: byte-level BPE with NFKC",
+        choices=("sentencepiece", "bytelevel"),
+    )
+    path: str = setting(
+        "", "a tokenizer to use as it is (tokenizer.model or tokenizer.json) instead of training"
+    )
+    retrain: bool = setting(
+        False,
+        "train the tokenizer again although one for this data exists",
+        flag="--retrain-tokenizer",
+    )
+    character_coverage: float = setting(
+        0.9995,
+        "sentencepiece: share of characters that get a token of their own; the rest fall back to "
+        "bytes",
+        above=0.9,
+        maximum=1.0,
+    )
+    max_sentences: int = setting(
+        10_000_000, "sentencepiece: lines sampled for training", unit="lines", minimum=1
+    )
+    min_frequency: int = setting(
+        2, "bytelevel: a pair is merged when seen this often", unit="times", minimum=1
+    )
+    max_sample_bytes: int = setting(
+        500_000_000,
+        "text read for training; larger corpora are sampled evenly by document",
+        unit="bytes",
+        minimum=1000,
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text, how it is split, and how it becomes rows of tokens."""
+
+    paths: tuple[str, ...] = setting(
+        ("toy",),
+        "toy (built-in stories), tinystories (downloaded), or files, folders and globs of "
+        "parquet, JSONL or text, each also .gz or .zst",
+        flag="--data",
+    )
+    validation_paths: tuple[str, ...] = setting(
+        (), "validation text from files of its own; else train-*/validation-* names, else a split"
+    )
+    validation_fraction: float = setting(
+        0.01,
+        "share of documents held out, by a hash of their text, where no validation files exist",
+        above=0.0,
+        maximum=0.5,
+    )
+    text_field: str = setting("text", "parquet column or JSONL field that holds the document")
+    document_separator: str = setting(
+        "<|endoftext|>", "what stands between documents of a plain text file"
+    )
+    min_document_characters: int = setting(
+        11,
+        "documents whose stripped text is shorter are left out and counted",
+        unit="characters",
+        minimum=1,
+    )
+    on_bad_record: str = setting(
+        "error",
+        "a broken record stops with its line number (error) or is left out and counted (skip)",
+        choices=("error", "skip"),
+    )
+    packing: str = setting(
+        "stream",
+        "stream: one token stream cut at random windows; padded: one document a row; packed: "
+        "whole documents share a row and never attend to each other",
+        choices=("stream", "padded", "packed"),
+    )
+    sequence_length: int = setting(
+        256, "tokens of one row that the model reads", unit="tokens", minimum=1
+    )
+    long_documents: str = setting(
+        "split",
+        "padded and packed rows: a document longer than a row goes on in the next row (split) or "
+        "is cut there and the cut tokens counted (truncate)",
+        choices=("split", "truncate"),
+    )
+    toy_documents: int = setting(
+        30_000, "toy: stories to make", unit="documents", minimum=100, maximum=100_000_000
+    )
+    toy_seed: int = setting(0, "toy: seed of the stories", minimum=0)
+    download_source: str = setting(
+        "huggingface",
+        "tinystories: from roneneldan/TinyStories on Hugging Face or AI-ModelScope/TinyStories on "
+        "ModelScope",
+        choices=("huggingface", "modelscope"),
+    )
+    workers: int = setting(
+        0, "processes that prepare text; 0 is one for each core", unit="processes", minimum=0
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, then cosine to a floor, constant after."""
+
+    learning_rate: float = setting(5e-4, "peak of the schedule", above=0.0, flag="--learning-rate")
+    min_learning_rate: float = setting(5e-5, "floor of the schedule", minimum=0.0)
+    warmup_steps: int = setting(
+        100,
+        "steps from 0 to the peak; the first step already has peak / warmup_steps; a run shorter "
+        "than this only warms up",
+        unit="steps",
+        minimum=0,
+        flag="--warmup-steps",
+    )
+    decay_steps: int = setting(
+        0,
+        "step at which the floor is reached, warm-up included; 0 is train.max_steps",
+        unit="steps",
+        minimum=0,
+    )
+    weight_decay: float = setting(0.1, "decay of matrices; norms have none", minimum=0.0)
+    beta1: float = setting(0.9, "decay of the first moment", minimum=0.0, maximum=0.9999)
+    beta2: float = setting(0.95, "decay of the second moment", minimum=0.0, maximum=0.999999)
+    epsilon: float = setting(1e-8, "added to the root of the second moment", above=0.0)
+    max_grad_norm: float = setting(
+        1.0, "gradients are scaled down to this global norm; 0 leaves them", minimum=0.0
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how long, how many rows a step, when to look."""
+
+    max_steps: int = setting(
+        300, "optimizer steps of the whole run", unit="steps", minimum=1, flag="--max-steps"
+    )
+    batch_size: int = setting(
+        32, "rows of one forward and backward pass", unit="rows", minimum=1, flag="--batch-size"
+    )
+    gradient_accumulation_steps: int = setting(
+        1, "passes whose gradients make one step", unit="passes", minimum=1
+    )
+    seed: int = setting(
+        42, "seed of weights, batches and dropout", minimum=0, maximum=2**32 - 1, flag="--seed"
+    )
+    eval_interval_steps: int = setting(
+        500, "steps between looks at the validation set", unit="steps", minimum=1
+    )
+    eval_batches: int = setting(
+        100,
+        "batches of one look, always the same rows; 0 is the whole validation set",
+        unit="batches",
+        minimum=0,
+    )
+    log_interval_steps: int = setting(
+        10, "steps between writes of the metrics file", unit="steps", minimum=1
+    )
+    max_nonfinite_steps: int = setting(
+        10,
+        "steps in a row with a loss or gradient that is no number before the run stops; their "
+        "updates are never applied",
+        unit="steps",
+        minimum=1,
+    )
+    compilation_cache: bool = setting(True, "keep compiled programs on disk between runs")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved and what is kept."""
+
+    interval_steps: int = setting(500, "steps between checkpoints", unit="steps", minimum=1)
+    keep: int = setting(
+        3, "newest checkpoints kept; the best one is kept besides", unit="checkpoints", minimum=1
+    )
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a next token is picked: penalty, then temperature, then top-k, then top-p."""
+
+    prompt: str = setting("Once upon a time", "text that the model goes on with", flag="--prompt")
+    max_new_tokens: int = setting(
+        200, "longest continuation", unit="tokens", minimum=1, flag="--max-new-tokens"
+    )
+    temperature: float = setting(
+        0.8, "divides the logits; 0 is greedy", minimum=0.0, flag="--temperature"
+    )
+    top_k: int = setting(
+        0, "only the k likeliest tokens; 0 is all", unit="tokens", minimum=0, flag="--top-k"
+    )
+    top_p: float = setting(
+        0.95,
+        "only the likeliest tokens that together reach this probability; 1 is all",
+        above=0.0,
+        maximum=1.0,
+        flag="--top-p",
+    )
+    repetition_penalty: float = setting(
+        1.0,
+        "divides positive and multiplies negative logits of tokens already present; 1 is none",
+        above=0.0,
+        flag="--repetition-penalty",
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives and what it starts from."""
+
+    mode: str = setting("pretrain", "objective", choices=("pretrain",), flag="--mode")
+    out: str = setting("", "run folder; default checkpoints/<mode>_<config>", flag="--out")
+    resume: str = setting(
+        "", "go on from this run or step folder, exactly; none starts afresh", flag="--resume"
+    )
+    auto_resume: bool = setting(
+        False, "go on from the run folder's newest checkpoint if it has one", flag="--auto-resume"
+    )
+    init_from: str = setting(
+        "", "start from the weights (only) of this run or step folder", flag="--init-from"
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of one run."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+    def problems(self) -> list[str]:
+        """List every rule between settings that is broken."""
+        found = self.model.problems()
+        optimizer = self.optimizer
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            found.append(
+                f"data.sequence_length={self.data.sequence_length} is longer than "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}. Use "
+                f"{self.model.max_position_embeddings} or less, or raise the other."
+            )
+        if optimizer.min_learning_rate > optimizer.learning_rate:
+            found.append(
+                f"optimizer.min_learning_rate={optimizer.min_learning_rate} is above "
+                f"optimizer.learning_rate={optimizer.learning_rate}. Use "
+                f"{optimizer.learning_rate / 10:g} or another number below it."
+            )
+        if not self.data.paths:
+            found.append("data.paths is empty. Give --data NAME or PATH.")
+        if self.run.resume not in ("", "none") and self.run.init_from:
+            found.append(
+                "run.resume and run.init_from are both set. Keep --resume to go on with a run, or "
+                "--init-from to start a new one from its weights."
+            )
+        return found
+
+    @property
+    def decay_steps(self) -> int:
+        """Step at which the learning rate reaches its floor, warm-up included."""
+        return self.optimizer.decay_steps or self.train.max_steps
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of tokens that one optimizer step sees."""
+        return self.train.batch_size * self.train.gradient_accumulation_steps
+
+
+def divisors(number: int) -> list[int]:
+    """List the whole numbers that divide `number`."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def presets_dir() -> Path:
+    """Find the folder of preset files: inside an installed package, beside it in a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def preset_names() -> list[str]:
+    """List the presets by name."""
+    return sorted(path.stem for path in presets_dir().glob("*.toml"))
+
+
+def data_dir() -> Path:
+    """Name the folder that relative data paths and downloads live in (`TINYLLM_DATA_DIR`)."""
+    return Path(os.environ.get("TINYLLM_DATA_DIR") or "data")
+
+
+def read_preset(name: str) -> tuple[str, dict[str, Any]]:
+    """Read `--config NAME|FILE.toml` as (where it stands, dotted keys).
+
+    Raises:
+        InputError: there is no such preset or file, or it is not TOML.
+    """
+    path = Path(name)
+    if name in preset_names():
+        path = presets_dir() / f"{name}.toml"
+        return f"configs/{name}.toml", read_toml(path)
+    if path.is_file():
+        return str(path), read_toml(path)
+    raise InputError(
+        f"--config {name!r}: no such preset or file. Presets: {', '.join(preset_names())}."
+    )
+
+
+def load_config(
+    name: str, overrides: Mapping[str, Any] | None = None, problems: Sequence[str] = ()
+) -> Config:
+    """Read a preset or file and put dotted overrides over it.
+
+    Raises:
+        InputError: every problem found, one a line.
+    """
+    return build(Config, [read_preset(name), ("", overrides or {})], problems)
+
+
+def config_from_table(table: Mapping[str, Any], *, origin: str) -> Config:
+    """Rebuild a config from the nested table of a snapshot; `origin` names it in messages."""
+    return build(Config, [(origin, flatten(table))])
+
+
+def config_to_table(config: Config) -> dict[str, Any]:
+    """Write a config as nested plain tables, the form of `training_config_snapshot.json`."""
+    return to_table(config)

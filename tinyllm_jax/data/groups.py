@@ -1,0 +1,237 @@
+"""Groups of corpus parts, each tokenised by one process into shards of its own."""
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyllm_jax.config import DataConfig
+from tinyllm_jax.data.corpus import Counts, Part, read_documents, split_of
+from tinyllm_jax.data.files import write_file
+from tinyllm_jax.data.shards import ShardRecord, ShardWriter, check_sizes, shard_writer
+from tinyllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from tinyllm_jax.errors import InputError
+
+# Text that is tokenised in one library call.
+BATCH_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring parts whose documents share shards, so that small files make no small shards.
+
+    Groups depend on the corpus alone, so any number of processes writes the same shards.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Source bytes, for progress."""
+        return sum(part.bytes for part in self.parts)
+
+
+@dataclass
+class SourceRecord:
+    """What one part gave."""
+
+    path: str
+    counts: dict[str, int]  # documents read, kept and left out, by reason
+    tokens: int
+    text_bytes: int
+
+
+@dataclass
+class GroupRecord:
+    """What one group gave: its shards, and an account of each part."""
+
+    shards: list[ShardRecord]
+    sources: list[SourceRecord]
+
+
+def plan_groups(parts: Sequence[Part], *, group_bytes: int) -> list[Group]:
+    """Join neighbouring parts up to `group_bytes` of source, or one part where it is larger."""
+    joined: list[list[Part]] = []
+    size = 0
+    for part in parts:
+        if not joined or size + part.bytes > group_bytes:
+            joined.append([])
+            size = 0
+        joined[-1].append(part)
+        size += part.bytes
+    return [Group(name=f"{index:05d}", parts=tuple(own)) for index, own in enumerate(joined)]
+
+
+def tokenise_group(
+    group: Group,
+    *,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    folder: Path,
+    on_progress: Callable[[int], object],
+) -> GroupRecord:
+    """Tokenise a group into shards in `folder`, and write its record once they are whole.
+
+    Args:
+        on_progress: Called with the source bytes of each part done.
+    """
+    sources = []
+    with contextlib.ExitStack() as stack:
+        writers: dict[str, ShardWriter] = {}
+        for part in group.parts:
+            counts = Counts()
+            tokens = text_bytes = 0
+            for batch in batches_of(read_documents(part, data, counts)):
+                for text, ids in zip(batch, encode(batch, tokenizer, part=part), strict=True):
+                    split = part.split or split_of(text, data)
+                    if split not in writers:
+                        writers[split] = stack.enter_context(
+                            shard_writer(
+                                folder,
+                                f"{group.name}.{split}",
+                                split=split,
+                                data=data,
+                                tokenizer=tokenizer,
+                            )
+                        )
+                    ids = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+                    size = len(text.encode())
+                    writers[split].add(ids, text_bytes=size)
+                    tokens += len(ids)
+                    text_bytes += size
+            sources.append(SourceRecord(part.path, counts.to_table(), tokens, text_bytes))
+            on_progress(part.bytes)
+    record = GroupRecord([writer.record for writer in writers.values()], sources)
+    content = json.dumps(dataclasses.asdict(record), indent=1)
+    write_file(folder / f"{group.name}.json", content.encode())
+    return record
+
+
+def batches_of(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Gather documents up to `BATCH_BYTES` characters, so that memory stays flat."""
+    batch: list[str] = []
+    size = 0
+    for text in documents:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode(texts: list[str], tokenizer: Tokenizer, *, part: Part) -> list[list[int]]:
+    """Tokenise documents, naming their file when one of them is no Unicode text."""
+    try:
+        return tokenizer.encode_batch(texts)
+    except InputError as error:
+        raise InputError(f"{part.path}: {error}") from None
+
+
+def finished_group(group: Group, *, folder: Path) -> GroupRecord | None:
+    """Read the record of a group that an earlier run finished, or give None."""
+    path = folder / f"{group.name}.json"
+    if not path.is_file():
+        return None
+    record = group_record(json.loads(path.read_bytes()))
+    try:
+        for shard in record.shards:
+            check_sizes(folder, shard)
+    except InputError:
+        return None
+    return record
+
+
+def group_record(table: dict[str, Any]) -> GroupRecord:
+    """Rebuild a record from its JSON."""
+    return GroupRecord(
+        shards=[ShardRecord(**shard) for shard in table["shards"]],
+        sources=[SourceRecord(**source) for source in table["sources"]],
+    )
+
+
+def tokenise_groups(
+    groups: Sequence[Group],
+    *,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    tokenizer_path: Path,
+    folder: Path,
+    on_progress: Callable[[int], object],
+) -> list[GroupRecord]:
+    """Tokenise every group that is not done yet, in as many processes as `data.workers` says.
+
+    Args:
+        tokenizer_path: File of `tokenizer`, for the other processes to load.
+        on_progress: Called with source bytes as they are done.
+
+    Returns:
+        One record a group, in order.
+    """
+    records = {group.name: finished_group(group, folder=folder) for group in groups}
+    todo = [group for group in groups if records[group.name] is None]
+    on_progress(sum(group.bytes for group in groups if records[group.name] is not None))
+    processes = min(data.workers or available_cores(), len(todo))
+    if processes <= 1:  # starting a process takes longer than a small corpus
+        for group in todo:
+            records[group.name] = tokenise_group(
+                group, data=data, tokenizer=tokenizer, folder=folder, on_progress=on_progress
+            )
+        return [record for record in records.values() if record is not None]
+    # Spawn, since JAX's threads in this process would be cut off in the middle by a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=start_worker) as pool:
+        jobs = {
+            pool.submit(run_worker, group, data, tokenizer_path, folder): group for group in todo
+        }
+        try:
+            for job in as_completed(jobs):
+                records[jobs[job].name] = job.result()
+                on_progress(jobs[job].bytes)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [record for record in records.values() if record is not None]
+
+
+def available_cores() -> int:
+    """Count the cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def start_worker() -> None:
+    """Set up a worker process: one core each, and gone when the parent is."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Ctrl-C reaches the whole process group; the parent then lets each worker end its group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def run_worker(group: Group, data: DataConfig, tokenizer_path: Path, folder: Path) -> GroupRecord:
+    """Tokenise one group in a worker process."""
+    return tokenise_group(
+        group,
+        data=data,
+        tokenizer=load_tokenizer(tokenizer_path),
+        folder=folder,
+        on_progress=lambda _: None,
+    )

@@ -1,0 +1,326 @@
+"""Documents to token shards with a manifest: made once, reused until its input changes.
+
+`data_dir()/tokenizers/KEY/` holds a trained tokenizer, `data_dir()/prepared/KEY/` a set of shards.
+A key is a hash of all that the content depends on, so nothing is ever stale.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tinyllm_jax.config import Config, DataConfig, data_dir
+from tinyllm_jax.data import toy_stories
+from tinyllm_jax.data.corpus import Part, find_parts, sample_documents
+from tinyllm_jax.data.files import locked, sha256_of_file, write_file
+from tinyllm_jax.data.groups import GroupRecord, plan_groups, tokenise_groups
+from tinyllm_jax.data.shards import ShardRecord, Split, check_checksums, open_split
+from tinyllm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from tinyllm_jax.errors import InputError
+
+# Source bytes of one restartable piece of work: seconds of one core.
+GROUP_BYTES = 32 << 20
+# Part of every key: raise it when the same input gives other shards than before.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Both splits as token shards, and what they came from."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    tokenizer: Tokenizer
+    train: Split
+    validation: Split
+
+    @property
+    def dataset_hash(self) -> str:
+        """Identity of the rows, whatever their files are called and wherever they lie."""
+        return self.manifest["dataset_hash"]
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What was read, left out and kept: the content of `dataset_stats.json`."""
+        return self.manifest["stats"]
+
+    def verify(self) -> None:
+        """Read every shard and compare its checksum.
+
+        Raises:
+            InputError: a file is not what was written; the message says what to delete.
+        """
+        for record in shard_records(self.manifest):
+            check_checksums(self.folder, record)
+
+
+def prepare(config: Config, *, progress: bool) -> PreparedData:
+    """Make, or find, the token shards of a configuration.
+
+    Args:
+        progress: Show bars on stderr.
+
+    Raises:
+        InputError: the text, the tokenizer or a setting does not fit; the message says what to do.
+    """
+    parts = find_parts(config.data, part_bytes=GROUP_BYTES)
+    sources = describe_sources(parts, config.data)
+    tokenizer = get_tokenizer(config, parts, sources, progress=progress)
+    settings = [document_settings(config.data), row_settings(config.data)]
+    key = hash_of([FORMAT, GROUP_BYTES, sources, tokenizer.hash, settings])[:16]
+    folder = data_dir() / "prepared" / key
+    with locked(folder.with_suffix(".lock"), on_wait=lambda: say_waiting(folder)):
+        if not (folder / "manifest.json").is_file():
+            write_set(config, parts, sources, tokenizer, folder=folder, progress=progress)
+    return open_prepared(folder, config.data)
+
+
+def open_prepared(folder: Path, data: DataConfig) -> PreparedData:
+    """Open a finished set, checking that its files have their sizes.
+
+    Raises:
+        InputError: a shard is damaged, or a split is too small to train on or to evaluate.
+    """
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    tokenizer = load_tokenizer(folder / manifest["tokenizer_file"])
+    records = shard_records(manifest)
+    train, validation = (
+        open_split(folder, records, name=name, data=data, pad_id=tokenizer.pad_id)
+        for name in ("train", "validation")
+    )
+    check_not_empty(train, validation, data, manifest["sources"])
+    return PreparedData(folder, manifest, tokenizer, train, validation)
+
+
+def get_tokenizer(
+    config: Config, parts: Sequence[Part], sources: list[dict[str, Any]], *, progress: bool
+) -> Tokenizer:
+    """Load the tokenizer that is asked for, or train one on training documents, once.
+
+    Raises:
+        InputError: its vocabulary is not the model's.
+    """
+    wanted = config.model.vocab_size
+    if config.tokenizer.path:
+        tokenizer = load_tokenizer(config.tokenizer.path)
+        if tokenizer.vocab_size != wanted:
+            raise InputError(
+                f"tokenizer.path={config.tokenizer.path} has {tokenizer.vocab_size} tokens, and "
+                f"model.vocab_size={wanted}. Use --model.vocab_size {tokenizer.vocab_size}."
+            )
+        return tokenizer
+    settings = dataclasses.asdict(config.tokenizer) | {"retrain": None, "vocab_size": wanted}
+    key = hash_of([FORMAT, sources, document_settings(config.data), settings])[:16]
+    folder = data_dir() / "tokenizers" / key
+    with locked(folder.with_suffix(".lock"), on_wait=lambda: say_waiting(folder)):
+        if config.tokenizer.retrain or not list(folder.glob("tokenizer.*")):
+            documents = sample_documents(
+                parts, config.data, max_bytes=config.tokenizer.max_sample_bytes
+            )
+            shown = tqdm(
+                documents, desc="training tokenizer", unit=" documents", disable=not progress
+            )
+            tokenizer = train_tokenizer(iter(shown), config=config.tokenizer, vocab_size=wanted)
+            tokenizer.save(folder)
+        return load_tokenizer(folder)
+
+
+def write_set(
+    config: Config,
+    parts: Sequence[Part],
+    sources: list[dict[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    folder: Path,
+    progress: bool,
+) -> None:
+    """Tokenise what no earlier run finished, and write the manifest last."""
+    for leftover in folder.glob(".*.tmp"):  # of a run that was killed
+        leftover.unlink()
+    groups = plan_groups(parts, group_bytes=GROUP_BYTES)
+    tokenizer_path = tokenizer.save(folder)
+    total = sum(group.bytes for group in groups)
+    with tqdm(
+        total=total, desc="preparing data", unit="B", unit_scale=True, disable=not progress
+    ) as bar:
+        records = tokenise_groups(
+            groups,
+            data=config.data,
+            tokenizer=tokenizer,
+            tokenizer_path=tokenizer_path,
+            folder=folder,
+            on_progress=bar.update,
+        )
+    manifest = make_manifest(records, sources=sources, tokenizer=tokenizer, data=config.data)
+    write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+
+
+def make_manifest(
+    records: Sequence[GroupRecord],
+    *,
+    sources: list[dict[str, Any]],
+    tokenizer: Tokenizer,
+    data: DataConfig,
+) -> dict[str, Any]:
+    """Gather the records of all groups into one account."""
+    shards = [shard for record in records for shard in record.shards]
+    settings = {"documents": document_settings(data), "rows": row_settings(data)}
+    contents = [[shard.split, *shard.files.values()] for shard in shards]
+    dataset_hash = hash_of([contents, settings["rows"]])
+    stats = {
+        "files": count_files(records),
+        "splits": {name: count_split(shards, name, data) for name in ("train", "validation")},
+        "settings": settings,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_hash": tokenizer.hash,
+        "dataset_hash": dataset_hash,
+    }
+    return {
+        "format": FORMAT,
+        "dataset_hash": dataset_hash,
+        "tokenizer_file": tokenizer.file_name,
+        "tokenizer_hash": tokenizer.hash,
+        "sources": sources,
+        "settings": settings,
+        "shards": [dataclasses.asdict(shard) for shard in shards],
+        "stats": stats,
+    }
+
+
+def shard_records(manifest: dict[str, Any]) -> list[ShardRecord]:
+    """Read the shards that a manifest lists."""
+    return [ShardRecord(**shard) for shard in manifest["shards"]]
+
+
+def count_files(records: Sequence[GroupRecord]) -> list[dict[str, Any]]:
+    """Add up what each source file gave."""
+    files: dict[str, dict[str, Any]] = {}
+    for source in (source for record in records for source in record.sources):
+        path = "toy" if is_toy(source.path) else source.path
+        total = files.setdefault(path, {"path": path})
+        found = source.counts | {"tokens": source.tokens, "text_bytes": source.text_bytes}
+        for name, number in found.items():
+            total[name] = total.get(name, 0) + number
+    return list(files.values())
+
+
+def count_split(shards: Sequence[ShardRecord], name: str, data: DataConfig) -> dict[str, Any]:
+    """Add up one split."""
+    own = [shard for shard in shards if shard.split == name]
+
+    def total(field: str) -> int:
+        return sum(getattr(shard, field) for shard in own)
+
+    tokens, rows = total("tokens"), total("rows")
+    room = rows * (data.sequence_length + 1) if rows else total("filled_tokens")
+    return {
+        "documents": total("documents"),
+        "text_bytes": total("text_bytes"),
+        "tokens": tokens,
+        "rows": rows,
+        "bytes_per_token": total("text_bytes") / tokens if tokens else 0.0,
+        "fill_rate": total("filled_tokens") / room if room else 0.0,
+        "long_documents": total("long_documents"),
+        "truncated_tokens": total("truncated_tokens"),
+    }
+
+
+def describe_sources(parts: Sequence[Part], data: DataConfig) -> list[dict[str, Any]]:
+    """List the files that the corpus is read from, so that a change of any of them shows."""
+    sources: dict[tuple[str, str], dict[str, Any]] = {}
+    for part in parts:
+        if is_toy(part.path):
+            facts = {
+                "path": "toy",
+                "seed": data.toy_seed,
+                "documents": data.toy_documents,
+                "generator": sha256_of_file(Path(toy_stories.__file__)),
+            }
+        else:
+            status = os.stat(part.path)
+            facts = {
+                "path": os.path.abspath(part.path),
+                "bytes": status.st_size,
+                "mtime_ns": status.st_mtime_ns,
+            }
+        sources[part.split, facts["path"]] = {"split": part.split, **facts}
+    return list(sources.values())
+
+
+def is_toy(path: str) -> bool:
+    """Tell the built-in stories, whose parts are no files, from files."""
+    return path.startswith("toy:")
+
+
+def document_settings(data: DataConfig) -> dict[str, Any]:
+    """Pick the settings that decide which documents the files hold and how they are split."""
+    names = [
+        "text_field",
+        "document_separator",
+        "min_document_characters",
+        "on_bad_record",
+        "validation_fraction",
+    ]
+    return {name: getattr(data, name) for name in names}
+
+
+def row_settings(data: DataConfig) -> dict[str, Any]:
+    """Pick the settings that decide which rows the documents become.
+
+    A stream is cut into windows when it is read, so it serves every sequence length.
+    """
+    names = ["packing", "sequence_length", "long_documents"]
+    return {name: getattr(data, name) for name in names[: 1 if data.packing == "stream" else 3]}
+
+
+def check_not_empty(
+    train: Split, validation: Split, data: DataConfig, sources: list[dict[str, Any]]
+) -> None:
+    """Refuse a split without documents, or a stream shorter than one window.
+
+    Raises:
+        InputError: says which setting to change, and to what.
+    """
+    documents = train.documents + validation.documents
+    by_hash = any(source["split"] == "" for source in sources)
+    for split in (train, validation):
+        if not split.documents and by_hash:
+            fraction = min(0.5, max(2 * data.validation_fraction, 10 / max(documents, 1)))
+            raise InputError(
+                f"data.validation_fraction={data.validation_fraction} of {documents} documents "
+                f"leaves none for the {split.name} split. Use --data.validation_fraction "
+                f"{fraction:.2g}, give --data.validation_paths, or give more text."
+            )
+        if not split.documents:
+            raise InputError(
+                f"The {split.name} files hold no document of data.min_document_characters="
+                f"{data.min_document_characters} characters or more. Give other files with --data "
+                "or --data.validation_paths."
+            )
+        if data.packing != "stream":
+            continue
+        longest = max(len(shard.tokens) for shard in split.shards)
+        if longest <= data.sequence_length:
+            raise InputError(
+                f"data.sequence_length={data.sequence_length} needs windows of "
+                f"{data.sequence_length + 1} tokens, and the {split.name} split has at most "
+                f"{longest} in a line. Use --data.sequence_length {longest - 1} or less, or give "
+                f"it more text{' with --data.validation_fraction' if by_hash else ''}."
+            )
+
+
+def hash_of(facts: Any) -> str:
+    """Hash plain values by their JSON."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def say_waiting(folder: Path) -> None:
+    """Tell the person why nothing happens."""
+    print(f"Another process is preparing {folder}; waiting for it.", file=sys.stderr)

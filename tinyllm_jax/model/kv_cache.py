@@ -1,0 +1,47 @@
+"""Keys and values of the tokens already read, one slot for each position of the context."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tinyllm_jax.config import ModelConfig
+
+
+class LayerCache(NamedTuple):
+    """Cache of one block. Slot t holds position t, so a row's garbage past its end is harmless:
+    each position is written before any query may see it."""
+
+    keys: Float[Array, "batch slots kv_heads head_dim"]
+    values: Float[Array, "batch slots kv_heads head_dim"]
+
+
+def empty_cache(
+    config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype
+) -> tuple[LayerCache, ...]:
+    """Make the caches of all blocks, zero-filled, for `batch` rows of up to `slots` positions."""
+    shape = (batch, slots, config.num_key_value_heads, config.head_dim)
+    return tuple(
+        LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        for _ in range(config.num_hidden_layers)
+    )
+
+
+def write(
+    cache: LayerCache,
+    keys: Float[Array, "batch seq kv_heads head_dim"],
+    values: Float[Array, "batch seq kv_heads head_dim"],
+    positions: Int[Array, "batch seq"],
+) -> LayerCache:
+    """Store new keys and values in the slots of their positions."""
+    rows = jnp.arange(keys.shape[0])[:, None]
+    return LayerCache(
+        cache.keys.at[rows, positions].set(keys), cache.values.at[rows, positions].set(values)
+    )
+
+
+def visible_slots(
+    positions: Int[Array, "batch seq"], *, slots: int
+) -> Bool[Array, "batch seq slots"]:
+    """Let a query at position p see slots 0 to p."""
+    return jnp.arange(slots)[None, None, :] <= positions[:, :, None]

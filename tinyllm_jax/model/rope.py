@@ -1,0 +1,39 @@
+"""Rotary positions in the half-split layout of Hugging Face.
+
+Source: Su et al. 2021, arXiv:2104.09864, equation 34; layout: transformers,
+models/llama/modeling_llama.py, `rotate_half`. llama2.c and Meta interleave the pairs instead,
+which differs by a permutation of the rows of the query and key projections.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+def rope_frequencies(*, head_dim: int, theta: float) -> Float[np.ndarray, "half"]:
+    """Give the angle, in radians, by which one position turns each pair of a head (float64)."""
+    return theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+
+
+def rope_tables(
+    positions: Int[Array, "batch seq"], *, head_dim: int, theta: float, dtype: jnp.dtype
+) -> tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]:
+    """Compute cosine and sine of every angle, at least in float32 whatever the model computes in.
+
+    bfloat16 cannot tell position 256 from 257, so the tables never go below float32.
+    """
+    wide = jnp.promote_types(dtype, jnp.float32)
+    frequencies = jnp.asarray(rope_frequencies(head_dim=head_dim, theta=theta), wide)
+    angles = positions[:, :, None, None].astype(wide) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "batch seq heads head_dim"],
+    cosine: Float[Array, "batch seq 1 half"],
+    sine: Float[Array, "batch seq 1 half"],
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Turn pair (i, i + head_dim / 2) of every head by its angle, in the precision of the tables."""
+    first, second = jnp.split(x.astype(cosine.dtype), 2, axis=-1)
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -1,0 +1,84 @@
+"""Weights as one flat dictionary from dotted names to arrays, the form everything else uses."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from tinyllm_jax.config import ModelConfig
+from tinyllm_jax.model.transformer import Transformer
+
+Weights = dict[str, jax.Array]
+
+
+def split_weights(model: Transformer) -> tuple[nnx.GraphDef, Weights]:
+    """Take a model apart into its structure and its weights by name."""
+    structure, state = nnx.split(model, nnx.Param)
+    flat = {
+        ".".join(str(part) for part in path): param[...]
+        for path, param in nnx.to_flat_state(state)
+    }
+    return structure, flat
+
+
+def merge_weights(structure: nnx.GraphDef, weights: Mapping[str, Any]) -> Transformer:
+    """Put a model together again; names and structure must come from the same config."""
+    paths = {
+        tuple(int(part) if part.isdigit() else part for part in name.split(".")): nnx.Param(value)
+        for name, value in weights.items()
+    }
+    return nnx.merge(structure, nnx.from_flat_state(paths))
+
+
+def model_structure(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+    """Give structure, names, shapes and types of a model without computing a weight."""
+    shapes: dict[str, Any] = {}
+
+    def build() -> Any:
+        structure, weights = split_weights(Transformer(config, rngs=nnx.Rngs(params=0)))
+        shapes["structure"] = structure
+        return weights
+
+    abstract = jax.eval_shape(build)
+    return shapes["structure"], abstract
+
+
+def initial_weights(config: ModelConfig, *, seed: int) -> Weights:
+    """Draw the initial weights, in one compiled program."""
+
+    def build(key: jax.Array) -> Weights:
+        return split_weights(Transformer(config, rngs=nnx.Rngs(params=key)))[1]
+
+    return jax.jit(build)(jax.random.key(seed))
+
+
+def count_parameters(config: ModelConfig) -> tuple[int, int]:
+    """Count all parameters, and those outside the embedding table (the head counts if untied)."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    layer = hidden * (2 * query + 2 * kv) + 3 * hidden * inner + 2 * hidden
+    embedding = config.vocab_size * hidden
+    head = 0 if config.tie_word_embeddings else embedding
+    outside = config.num_hidden_layers * layer + hidden + head
+    return outside + embedding, outside
+
+
+def flops_per_token(config: ModelConfig, *, sequence_length: int) -> float:
+    """Count floating-point operations of training on one token: 6 N + 6 L Q S.
+
+    N is every parameter that multiplies (norms left out, embedding look-up left out, head counted
+    whether tied or not): 2 operations forward, 4 backward. Attention adds, in each of L layers of
+    query width Q, 2 x 2 x Q x S forward for scores and mixing over S keys, three times that with
+    the backward pass, and half of it since a causal query sees S / 2 keys on average.
+
+    Source: Kaplan et al. 2020, arXiv:2001.08361, section 2.1; Chowdhery et al. 2022,
+    arXiv:2204.02311, appendix B.
+    """
+    _, outside = count_parameters(config)
+    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
+    multiplying = outside - norms + head
+    query = config.num_attention_heads * config.head_dim
+    return 6.0 * multiplying + 6.0 * config.num_hidden_layers * query * sequence_length

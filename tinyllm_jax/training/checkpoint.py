@@ -1,0 +1,252 @@
+"""Checkpoints: whole or not there, checked when read, newest good one first.
+
+A step folder `checkpoints/<step>/` holds
+
+    state/           weights, moments and counters, by Orbax, under their dotted names
+    meta.json        step, data position, seed, config, hashes of tokenizer and data, best so far
+    tokenizer.*      the tokenizer, so that the folder stands alone
+    checksums.json   SHA-256 of every file above
+
+It is written under a hidden name and renamed when every byte is on the disk, so a process killed
+during a save leaves the earlier checkpoints and nothing that looks like a new one.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from tinyllm_jax.config import Config, config_from_table, config_to_table
+from tinyllm_jax.data.files import sha256_of_file, write_file
+from tinyllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from tinyllm_jax.errors import InputError
+from tinyllm_jax.training.optim import Moments, read_moments
+from tinyllm_jax.training.step import TrainState
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One step folder, read and checked; arrays are NumPy."""
+
+    folder: Path
+    step: int
+    config: Config
+    weights: dict[str, np.ndarray]
+    moments: Moments
+    nonfinite_streak: int
+    tokenizer: Tokenizer
+    tokenizer_hash: str
+    dataset_hash: str
+    best: dict[str, Any] | None  # {"step", "loss"} of the lowest validation loss so far
+
+
+def step_folders(run: Path) -> list[tuple[int, Path]]:
+    """List the finished checkpoints of a run, oldest first."""
+    folder = run / "checkpoints"
+    names = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return sorted((int(path.name), path) for path in names)
+
+
+def save_checkpoint(
+    run: Path,
+    state: TrainState,
+    *,
+    config: Config,
+    tokenizer: Tokenizer,
+    dataset_hash: str,
+    best: Mapping[str, Any] | None,
+) -> Path:
+    """Write `checkpoints/<step>/` of this state and give its path.
+
+    A folder of the same step is replaced. When writing fails, nothing is left of the new one.
+    """
+    step = int(state.step)
+    folder = run / "checkpoints" / str(step)
+    partial = folder.with_name(f".{step}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        moments = read_moments(state.optimizer_state)
+        tree = {
+            "weights": state.weights,
+            "first_moments": moments.first,
+            "second_moments": moments.second,
+            "count": moments.count,
+            "step": state.step,
+            "nonfinite_streak": state.nonfinite_streak,
+        }
+        with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save((partial / "state").absolute(), args=ocp.args.PyTreeSave(tree))
+        meta = {
+            "format": FORMAT,
+            "step": step,
+            "data_position": {"next_step": step, "rows_per_step": config.rows_per_step},
+            "seed": config.train.seed,
+            "config": config_to_table(config),
+            "tokenizer_hash": tokenizer.hash,
+            "dataset_hash": dataset_hash,
+            "best": dict(best) if best else None,
+        }
+        write_file(partial / "meta.json", json.dumps(meta, indent=1).encode())
+        tokenizer.save(partial)
+        sums = {name: sha256_of_file(partial / name) for name in _files_below(partial)}
+        write_file(partial / "checksums.json", json.dumps(sums, indent=1).encode())
+        _flush_to_disk(partial)
+        if folder.exists():
+            _remove(folder)
+        partial.rename(folder)
+        _flush_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def mark_best(run: Path, step: int) -> None:
+    """Let `best` point at `checkpoints/<step>`, without a moment in which there is none."""
+    pointer = run / ".best.new"
+    pointer.unlink(missing_ok=True)
+    pointer.symlink_to(Path("checkpoints") / str(step), target_is_directory=True)
+    pointer.replace(run / "best")
+
+
+def prune_checkpoints(run: Path, *, keep: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one, and leftovers of crashes."""
+    for step, folder in step_folders(run)[:-keep]:
+        if step != best_step:
+            _remove(folder)
+    for leftover in (run / "checkpoints").glob(".*"):
+        shutil.rmtree(leftover)
+
+
+def damage(folder: Path) -> str | None:
+    """Say what is wrong with a step folder's files, or None when every checksum holds."""
+    try:
+        sums = json.loads((folder / "checksums.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"checksums.json cannot be read ({error})"
+    for name, expected in sums.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256_of_file(folder / name) != expected:
+            return f"{name} does not have its checksum"
+    unknown = set(_files_below(folder)) - set(sums) - {"checksums.json"}
+    if unknown:
+        return f"{sorted(unknown)[0]} was not there when it was written"
+    return None
+
+
+def find_checkpoint(path: Path, *, on_damaged: Callable[[str], None]) -> Path:
+    """Turn a run or step folder into a step folder whose checksums hold.
+
+    Of a run the newest good checkpoint is taken; each damaged newer one is named through
+    `on_damaged`.
+
+    Raises:
+        InputError: the path is no run or step folder, or everything in it is damaged.
+    """
+    if (path / "meta.json").is_file() or (path / "checksums.json").is_file():
+        problem = damage(path)
+        if problem:
+            raise InputError(
+                f"{path}: damaged checkpoint ({problem}). Name the run folder to take the newest "
+                "good one."
+            )
+        return path
+    if not path.exists():
+        raise InputError(f"{path}: no such folder. Name a run folder or one of its checkpoints.")
+    folders = step_folders(path)
+    for _, folder in reversed(folders):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        on_damaged(f"{folder}: damaged checkpoint ({problem}); the one before it is used.")
+    if folders:
+        raise InputError(f"{path}: every checkpoint in it is damaged. Start again with --out NEW.")
+    raise InputError(
+        f"{path}: neither a run folder nor a checkpoint. Name a folder that holds checkpoints/."
+    )
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a step folder that `find_checkpoint` has found good."""
+    meta = json.loads((folder / "meta.json").read_text())
+    if meta["format"] != FORMAT:
+        raise InputError(
+            f"{folder}: checkpoint format {meta['format']}, this version reads {FORMAT}. Use the "
+            "version of tinyllm that wrote it."
+        )
+    with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = _restore_as_numpy(checkpointer, (folder / "state").absolute())
+    return Checkpoint(
+        folder=folder,
+        step=int(tree["step"]),
+        config=config_from_table(meta["config"], origin=str(folder / "meta.json")),
+        weights=tree["weights"],
+        moments=Moments(tree["count"], tree["first_moments"], tree["second_moments"]),
+        nonfinite_streak=int(tree["nonfinite_streak"]),
+        tokenizer=load_tokenizer(folder),
+        tokenizer_hash=meta["tokenizer_hash"],
+        dataset_hash=meta["dataset_hash"],
+        best=meta["best"],
+    )
+
+
+def _restore_as_numpy(checkpointer: ocp.Checkpointer, state: Path) -> dict[str, Any]:
+    """Restore without a target: one that carries shardings fails on another number of devices."""
+    metadata = checkpointer.metadata(state).item_metadata.tree
+    as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+        metadata,
+        is_leaf=lambda x: not isinstance(x, dict),
+    )
+    return checkpointer.restore(state, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+
+class _quiet_orbax:
+    """Keep Orbax's informational lines off the terminal; its errors are raised anyway."""
+
+    def __enter__(self) -> None:
+        self.logger = logging.getLogger("absl")
+        self.level = self.logger.level
+        self.logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.setLevel(self.level)
+
+
+def _files_below(folder: Path) -> list[str]:
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
+
+
+def _flush_to_disk(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _flush_folder(path)
+
+
+def _flush_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(folder: Path) -> None:
+    """Take a checkpoint's name away first, so that a half-removed one never looks whole."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)

@@ -1,0 +1,120 @@
+"""One optimizer step and one evaluation, as pure functions of arrays, ready for `jax.jit`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from tinyllm_jax.config import Config
+from tinyllm_jax.model.weights import Weights, merge_weights
+from tinyllm_jax.training.optim import learning_rate_schedule, make_optimizer, read_moments
+
+DeviceBatch = dict[str, Array]
+# Sum of the losses of a batch's rows, given the model; the key turns dropout on.
+LossSum = Callable[[Any, DeviceBatch, PRNGKeyArray | None], Float[Array, ""]]
+# How many targets that sum is over.
+LossWeight = Callable[[DeviceBatch], Float[Array, ""]]
+
+
+class TrainState(NamedTuple):
+    """All that changes while a run trains."""
+
+    step: Int[Array, ""]  # batches taken; "step s" everywhere is the s-th of them, from 1
+    weights: Weights
+    optimizer_state: Any
+    nonfinite_streak: Int[Array, ""]  # steps in a row whose update was not applied
+
+
+def new_state(config: Config, weights: Weights) -> TrainState:
+    """Start a run from these weights, with empty moments."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, weights, make_optimizer(config).init(weights), zero)
+
+
+def make_train_step(
+    config: Config, structure: nnx.GraphDef, loss_sum: LossSum, loss_weight: LossWeight
+) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, dict[str, Array]]]:
+    """Build the step: gradients over all passes, clip, AdamW, unless a number is not finite.
+
+    With gradient accumulation the batch is cut into passes. Each pass divides its loss sum by the
+    targets of the whole batch, so the gradients add up to those of the exact mean over targets,
+    however unevenly the passes are filled.
+
+    A loss or gradient that is not finite leaves weights, moments and their count as they were.
+    """
+    optimizer, schedule = make_optimizer(config), learning_rate_schedule(config)
+    passes = config.train.gradient_accumulation_steps
+
+    def pass_loss(
+        weights: Weights, batch: DeviceBatch, key: PRNGKeyArray, total: Float[Array, ""]
+    ) -> Float[Array, ""]:
+        return loss_sum(merge_weights(structure, weights), batch, key) / total
+
+    def train_step(
+        state: TrainState, batch: DeviceBatch
+    ) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        total = jnp.maximum(loss_weight(batch), 1.0)
+        gradient_of = jax.value_and_grad(pass_loss)
+        if passes == 1:
+            loss, gradients = gradient_of(state.weights, batch, key, total)
+        else:
+
+            def add_pass(sums: Any, inputs: Any) -> tuple[Any, None]:
+                one_pass = gradient_of(state.weights, inputs[0], inputs[1], total)
+                return jax.tree.map(jnp.add, sums, one_pass), None
+
+            pieces = {
+                name: rows.reshape(passes, -1, *rows.shape[1:]) for name, rows in batch.items()
+            }
+            zeros = jax.eval_shape(
+                gradient_of, state.weights, jax.tree.map(lambda x: x[0], pieces), key, total
+            )
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zeros)
+            keys = jax.random.split(key, passes)
+            (loss, gradients), _ = jax.lax.scan(add_pass, zeros, (pieces, keys))
+
+        gradient_norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        updates, optimizer_state = optimizer.update(
+            gradients, state.optimizer_state, state.weights
+        )
+        weights = optax.apply_updates(state.weights, updates)
+        weights, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (weights, optimizer_state),
+            (state.weights, state.optimizer_state),
+        )
+        new = TrainState(
+            step=state.step + 1,
+            weights=weights,
+            optimizer_state=optimizer_state,
+            nonfinite_streak=jnp.where(finite, 0, state.nonfinite_streak + 1),
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": gradient_norm,
+            "learning_rate": schedule(read_moments(state.optimizer_state).count + 1),
+            "targets": total,
+            "nonfinite_streak": new.nonfinite_streak,
+        }
+        return new, metrics
+
+    return train_step
+
+
+def make_evaluation_step(
+    structure: nnx.GraphDef, loss_sum: LossSum, loss_weight: LossWeight
+) -> Callable[[Weights, DeviceBatch], tuple[Float[Array, ""], Float[Array, ""]]]:
+    """Build the function that gives a batch's loss sum and how many targets it is over."""
+
+    def evaluation_step(
+        weights: Weights, batch: DeviceBatch
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        return loss_sum(merge_weights(structure, weights), batch, None), loss_weight(batch)
+
+    return evaluation_step

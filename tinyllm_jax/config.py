@@ -125,7 +125,7 @@ class TokenizerConfig:
         0.9995,
         "sentencepiece: share of characters that get a token of their own; the rest fall back to "
         "bytes",
-        above=0.9,
+        minimum=0.98,
         maximum=1.0,
     )
     max_sentences: int = setting(
@@ -310,6 +310,19 @@ class SamplingConfig:
         above=0.0,
         flag="--repetition-penalty",
     )
+    greedy: bool = setting(
+        False, "always the likeliest token, whatever the temperature", flag="--greedy"
+    )
+    seed: int = setting(0, "seed of what is drawn", minimum=0, maximum=2**32 - 1)
+    num_samples: int = setting(
+        1, "continuations of each prompt", unit="samples", minimum=1, flag="--num-samples"
+    )
+    slide: bool = setting(
+        False,
+        "go on when the context is full: its older half is forgotten and the newer half read "
+        "again, as often as needed",
+        flag="--slide",
+    )
 
 
 @dataclass(frozen=True)
@@ -376,6 +389,17 @@ class Config:
     def rows_per_step(self) -> int:
         """Rows of tokens that one optimizer step sees."""
         return self.train.batch_size * self.train.gradient_accumulation_steps
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Settings of `generate`: those of sampling, by themselves."""
+
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+
+    def problems(self) -> list[str]:
+        """List every rule between settings that is broken: there are none."""
+        return []
 
 
 def divisors(number: int) -> list[int]:

@@ -306,5 +306,7 @@ def to_table(settings: Any) -> dict[str, Any]:
         else list(value)
         if isinstance(value, tuple)
         else value
-        for key, value in ((f.name, getattr(settings, f.name)) for f in dataclasses.fields(settings))
+        for key, value in (
+            (f.name, getattr(settings, f.name)) for f in dataclasses.fields(settings)
+        )
     }

@@ -108,7 +108,7 @@ def parse(content: bytes, *, origin: str) -> Tokenizer:
     """Read a tokenizer.json so that control tokens in a text stay text."""
     try:
         tokenizer = Tokenizer.from_str(content.decode("utf-8-sig"))
-    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+    except Exception as error:
         raise InputError(
             f"{origin}: no tokenizer.json that this version of tokenizers reads ({error}). Give "
             "one, or a SentencePiece .model."

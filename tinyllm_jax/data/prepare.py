@@ -19,7 +19,7 @@ from tqdm import tqdm
 from tinyllm_jax.config import Config, DataConfig, data_dir
 from tinyllm_jax.data import toy_stories
 from tinyllm_jax.data.corpus import Part, find_parts, sample_documents
-from tinyllm_jax.data.files import locked, sha256_of_file, write_file
+from tinyllm_jax.data.files import locked, write_file
 from tinyllm_jax.data.groups import GroupRecord, plan_groups, tokenise_groups
 from tinyllm_jax.data.shards import ShardRecord, Split, check_checksums, open_split
 from tinyllm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -241,7 +241,7 @@ def describe_sources(parts: Sequence[Part], data: DataConfig) -> list[dict[str, 
                 "path": "toy",
                 "seed": data.toy_seed,
                 "documents": data.toy_documents,
-                "generator": sha256_of_file(Path(toy_stories.__file__)),
+                "generator": toy_stories.corpus_hash(),
             }
         else:
             status = os.stat(part.path)
@@ -291,6 +291,12 @@ def check_not_empty(
     documents = train.documents + validation.documents
     by_hash = any(source["split"] == "" for source in sources)
     for split in (train, validation):
+        if not split.documents and by_hash and documents < 2:
+            raise InputError(
+                f"All text together is {documents} document, and one is needed for each split. "
+                "Give --data.document_separator TEXT with what stands between documents, such as "
+                "$'\\n\\n' for blank lines, give --data.validation_paths, or give more text."
+            )
         if not split.documents and by_hash:
             fraction = min(0.5, max(2 * data.validation_fraction, 10 / max(documents, 1)))
             raise InputError(

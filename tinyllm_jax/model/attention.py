@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.dropout import dropout
 
 
@@ -21,7 +22,15 @@ def choose_implementation(implementation: str, dtype: jnp.dtype, *, dropout_rate
     cuDNN and XLA's own kernel work in float32 at most and have no dropout on the weights, so
     float64 and attention dropout take the reference; so does float32, where a GPU's or TPU's
     default would multiply in fewer bits.
+
+    Raises:
+        InputError: cudnn is asked for by name where there is no GPU.
     """
+    if implementation == "cudnn" and jax.default_backend() != "gpu":
+        raise InputError(
+            f"model.attention=cudnn needs a GPU, and JAX runs on {jax.default_backend()} here. Use "
+            "model.attention=auto."
+        )
     if implementation != "auto":
         return implementation
     if dtype != jnp.bfloat16 or dropout_rate > 0:
@@ -54,6 +63,14 @@ def attention(
         return reference_attention(
             query, key, value, mask=mask, dropout_rate=rate, dropout_key=dropout_key
         )
+    if chosen == "cudnn" and not suits_cudnn(query, key, masked=mask is not None):
+        if implementation == "cudnn" and query.shape[1] > 1:
+            raise InputError(
+                f"model.attention=cudnn takes heads of 8, 16, ... 128 and, with a mask, even "
+                f"lengths; head_dim is {query.shape[3]}, lengths are {query.shape[1]} and "
+                f"{key.shape[1]}. Use model.attention=auto."
+            )
+        chosen = "xla"
     return jax.nn.dot_product_attention(
         query,
         key,
@@ -62,6 +79,17 @@ def attention(
         is_causal=mask is None,
         implementation="cudnn" if chosen == "cudnn" else "xla",
     )
+
+
+def suits_cudnn(query: Array, key: Array, *, masked: bool) -> bool:
+    """Tell whether cuDNN has a kernel for these shapes, and whether it could gain anything.
+
+    Its limits are those of jax, cudnn/fused_attention_stablehlo.py, `check_is_flash_attention`. A
+    flash kernel gains nothing where one query is decoded.
+    """
+    queries, head_dim = query.shape[1], query.shape[3]
+    even = queries % 2 == 0 and key.shape[1] % 2 == 0
+    return queries > 1 and head_dim % 8 == 0 and head_dim <= 128 and (even or not masked)
 
 
 def reference_attention(

@@ -24,7 +24,7 @@ def rope_tables(
     """
     wide = jnp.promote_types(dtype, jnp.float32)
     frequencies = jnp.asarray(rope_frequencies(head_dim=head_dim, theta=theta), wide)
-    angles = positions[:, :, None, None].astype(wide) * frequencies
+    angles = positions[:, :, None, None].astype(wide) * frequencies[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 

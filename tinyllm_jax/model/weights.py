@@ -16,8 +16,7 @@ def split_weights(model: Transformer) -> tuple[nnx.GraphDef, Weights]:
     """Take a model apart into its structure and its weights by name."""
     structure, state = nnx.split(model, nnx.Param)
     flat = {
-        ".".join(str(part) for part in path): param[...]
-        for path, param in nnx.to_flat_state(state)
+        ".".join(str(part) for part in path): param[...] for path, param in nnx.to_flat_state(state)
     }
     return structure, flat
 

@@ -11,11 +11,12 @@ It is written under a hidden name and renamed when every byte is on the disk, so
 during a save leaves the earlier checkpoints and nothing that looks like a new one.
 """
 
+import contextlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,16 +214,16 @@ def _restore_as_numpy(checkpointer: ocp.Checkpointer, state: Path) -> dict[str, 
     return checkpointer.restore(state, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
-class _quiet_orbax:
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
     """Keep Orbax's informational lines off the terminal; its errors are raised anyway."""
-
-    def __enter__(self) -> None:
-        self.logger = logging.getLogger("absl")
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        self.logger.setLevel(self.level)
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _files_below(folder: Path) -> list[str]:

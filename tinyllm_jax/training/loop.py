@@ -1,9 +1,9 @@
 """The one training loop: every objective brings batches and a loss, `fit` does the rest."""
 
-import itertools
+import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,9 @@ from flax import nnx
 
 from tinyllm_jax.config import Config
 from tinyllm_jax.data.batches import prefetch
-from tinyllm_jax.data.files import replacing
 from tinyllm_jax.data.tokenizer import Tokenizer
-from tinyllm_jax.model.weights import Weights, flops_per_token
+from tinyllm_jax.model.weights import Weights
 from tinyllm_jax.training.checkpoint import mark_best, prune_checkpoints, save_checkpoint
-from tinyllm_jax.training.devices import peak_flops
 from tinyllm_jax.training.metrics import MetricsFile
 from tinyllm_jax.training.progress import Progress
 from tinyllm_jax.training.report import write_report
@@ -30,8 +28,11 @@ from tinyllm_jax.training.step import (
     make_evaluation_step,
     make_train_step,
 )
+from tinyllm_jax.training.step_log import StepLog
 
 HostBatch = dict[str, np.ndarray]
+# Batches that are made ahead of the step in hand.
+PREFETCH_DEPTH = 2
 
 
 @dataclass(frozen=True)
@@ -63,92 +64,13 @@ class Outcome:
     nonfinite: str  # why the run stopped early, if losses or gradients were not finite
 
 
-class _Run:
-    """The state of one call of `fit` that its stages share: files, clock and numbers not yet
-    written."""
-
-    def __init__(self, folder: Path, config: Config, first_step: int):
-        self.folder, self.config = folder, config
-        self.metrics = MetricsFile(folder / "metrics.jsonl", resume_step=first_step)
-        self.progress = Progress(first_step=first_step, max_steps=config.train.max_steps)
-        self.peak, self.peak_source = peak_flops()
-        self.pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self.waited_seconds = 0.0
-        self.restart_clock()
-        self.streak = 0
-
-    def restart_clock(self) -> None:
-        """Start a new stretch of steps, for speeds that leave compiling and evaluating out."""
-        self.clock, self.clock_steps, self.waited_seconds = time.perf_counter(), 0, 0.0
-
-    def write_steps(self, *, leave: int, train_batch: Callable[[int], HostBatch]) -> None:
-        """Fetch and write the numbers of finished steps.
-
-        Args:
-            leave: Newest steps left for later, so that the device is not waited for while it
-                works on them.
-            train_batch: Gives a batch again, to be kept where its numbers are not finite.
-        """
-        ready = self.pending[: len(self.pending) - leave]
-        if not ready:
-            return
-        self.pending = self.pending[len(ready) :]
-        rows: list[dict[str, Any]] = []
-        for (step, _), numbers in zip(
-            ready, jax.device_get([numbers for _, numbers in ready]), strict=True
-        ):
-            plain = {name: float(value) for name, value in numbers.items()}
-            self.streak = int(plain.pop("nonfinite_streak"))
-            rows.append({"kind": "train", "step": step, **plain, "skipped": self.streak > 0})
-            if self.streak:
-                rows.append(self._keep_batch(step, train_batch(step - 1)))
-        rows.append(self._speed(rows[-1 if not self.streak else -2]))
-        self.metrics.write(rows)
-
-    def _speed(self, last: Mapping[str, Any]) -> dict[str, Any]:
-        config, seconds = self.config, max(time.perf_counter() - self.clock, 1e-9)
-        tokens = self.clock_steps * config.rows_per_step * config.data.sequence_length
-        speed = tokens / seconds
-        per_token = flops_per_token(config.model, sequence_length=config.data.sequence_length)
-        mfu = speed * per_token / self.peak
-        left = config.train.max_steps - last["step"]
-        step_seconds = seconds / max(self.clock_steps, 1)
-        self.progress.show(
-            step=last["step"],
-            loss=last["loss"],
-            learning_rate=last["learning_rate"],
-            tokens_per_second=speed,
-            mfu=mfu,
-            seconds_left=left * step_seconds,
-        )
-        return {
-            "kind": "speed",
-            "step": last["step"],
-            "time": time.time(),
-            "tokens_per_second": speed,
-            "mfu": mfu,
-            "data_wait_share": self.waited_seconds / seconds,
-        }
-
-    def _keep_batch(self, step: int, batch: HostBatch) -> dict[str, Any]:
-        """Save the batch of a step whose loss or gradient was not finite, and say where."""
-        path = self.folder / "nonfinite" / f"step_{step}.npz"
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **batch)  # type: ignore[arg-type]
-        self.progress.note(
-            f"step {step}: loss or gradient not finite; weights left as they were, batch kept in "
-            f"{path}"
-        )
-        return {"kind": "nonfinite", "step": step, "batch": step - 1, "file": path.name}
-
-
 def evaluate(
     evaluation_step: Callable[..., Any], weights: Weights, batches: Iterable[HostBatch]
 ) -> float:
     """Average the loss over all targets of the batches, in nats per target."""
-    sums = [evaluation_step(weights, batch) for batch in batches]
-    fetched = np.asarray(jax.device_get(sums), np.float64)
-    return float(fetched[:, 0].sum() / fetched[:, 1].sum())
+    sums = jax.device_get([evaluation_step(weights, batch) for batch in batches])
+    losses, targets = np.asarray(sums, np.float64).sum(axis=0)
+    return float(losses / targets)
 
 
 def fit(
@@ -184,83 +106,86 @@ def fit(
         make_evaluation_step(structure, objective.loss_sum, objective.loss_weight)
     )
     settings, first_step = config.train, int(state.step)
-    run = _Run(folder, config, first_step)
     nonfinite = ""
-
-    def look(step: int) -> bool:
-        """Evaluate and sample; tell whether the loss is the lowest so far."""
-        nonlocal best
-        loss = evaluate(evaluation_step, state.weights, objective.evaluation_batches())
-        described = objective.describe_loss(loss)
-        text = sample(state.weights)
-        run.metrics.write(
-            [
-                {"kind": "eval", "step": step, "loss": loss, **described},
-                {"kind": "sample", "step": step, "text": text},
-            ]
-        )
-        details = ", ".join(f"{name.replace('_', ' ')} {x:.4g}" for name, x in described.items())
-        run.progress.note(f"step {step}: validation loss {loss:.4f} ({details})\n  {text}\n")
-        improved = best is None or loss < best["loss"]
-        if improved:
-            best = {"step": step, "loss": loss}
-        return improved
-
-    def save(*, is_best: bool) -> None:
-        run.metrics.flush_to_disk()
-        save_checkpoint(
-            folder,
-            state,
-            config=config,
-            tokenizer=identity.tokenizer,
-            dataset_hash=identity.dataset_hash,
-            best=best,
-        )
-        if is_best:
-            mark_best(folder, int(state.step))
-        best_step = best["step"] if best else None
-        prune_checkpoints(folder, keep=config.checkpoint.keep, best_step=best_step)
-
     with (
+        MetricsFile(folder / "metrics.jsonl", resume_step=first_step) as metrics,
+        Progress(first_step=first_step, max_steps=settings.max_steps) as progress,
         stop_on_signals() as wish,
-        prefetch(objective.train_batch, start_step=first_step, depth=2) as batches,
+        prefetch(objective.train_batch, start_step=first_step, depth=PREFETCH_DEPTH) as batches,
     ):
+        log = StepLog(
+            folder,
+            config=config,
+            train_batch=objective.train_batch,
+            metrics=metrics,
+            progress=progress,
+        )
+
+        def look(step: int) -> bool:
+            """Evaluate and sample; tell whether the loss is the lowest so far."""
+            nonlocal best
+            loss = evaluate(evaluation_step, state.weights, objective.evaluation_batches())
+            described, text = objective.describe_loss(loss), sample(state.weights)
+            metrics.write(
+                [
+                    {"kind": "eval", "step": step, "loss": loss, **described},
+                    {"kind": "sample", "step": step, "text": text},
+                ]
+            )
+            progress.show_evaluation(step=step, loss=loss, described=described, text=text)
+            if not math.isfinite(loss) or (best is not None and loss >= best["loss"]):
+                return False
+            best = {"step": step, "loss": loss}
+            return True
+
+        def save(*, is_best: bool) -> None:
+            metrics.flush_to_disk()
+            save_checkpoint(
+                folder,
+                state,
+                config=config,
+                tokenizer=identity.tokenizer,
+                dataset_hash=identity.dataset_hash,
+                best=best,
+            )
+            if is_best:
+                mark_best(folder, int(state.step))
+            best_step = best["step"] if best else None
+            prune_checkpoints(folder, keep=config.checkpoint.keep, best_step=best_step)
+
         for step in range(first_step + 1, settings.max_steps + 1):
             asked = time.perf_counter()
             batch = next(batches)
-            run.waited_seconds += time.perf_counter() - asked
+            waited_seconds = time.perf_counter() - asked
             state, numbers = train_step(state, batch)
-            run.pending.append((step, numbers))
-            run.clock_steps += 1
+            log.add(step, numbers, waited_seconds=waited_seconds)
+            progress.advance(step)
             if step == first_step + 1:
                 jax.block_until_ready(numbers)  # compiled: only now the clock means something
-                run.restart_clock()
-            is_last = step == settings.max_steps or wish.received is not None
-            if step % settings.log_interval_steps == 0:
-                run.write_steps(leave=1, train_batch=objective.train_batch)
-            is_look = step % settings.eval_interval_steps == 0 or step == settings.max_steps
-            is_save = is_last or step % config.checkpoint.interval_steps == 0
-            if run.streak >= settings.max_nonfinite_steps:
-                nonfinite = _nonfinite_message(step, run.streak)
-                is_last, is_save, is_look = True, True, False
-            run.progress.advance(step)
-            if is_look or is_save:
-                run.write_steps(leave=0, train_batch=objective.train_batch)
-                improved = look(step) if is_look else False
-                if is_save or improved:
+                log.restart_clock()
+            log.write_due(step)
+            is_end = step == settings.max_steps
+            is_look = is_end or step % settings.eval_interval_steps == 0
+            is_save = is_end or step % config.checkpoint.interval_steps == 0
+            if log.nonfinite_streak >= settings.max_nonfinite_steps:
+                nonfinite = describe_nonfinite(step, streak=log.nonfinite_streak)
+            is_stop = wish.received is not None or bool(nonfinite)
+            if is_look or is_save or is_stop:
+                log.write(leave=0)
+                improved = is_look and look(step)
+                if is_save or is_stop or improved:
                     save(is_best=improved)
-                write_report(folder, config)
-                run.restart_clock()
-            if is_last:
+                write_report(folder)
+                log.restart_clock()
+            if is_stop:
                 break
-    run.progress.close()
-    run.metrics.close()
     return Outcome(state, best, wish.received, nonfinite)
 
 
-def _nonfinite_message(step: int, streak: int) -> str:
+def describe_nonfinite(step: int, *, streak: int) -> str:
+    """Say why a run of steps that are no numbers ends, and what to try."""
     return (
         f"stopped at step {step}: {streak} steps in a row had a loss or gradient that is not "
-        f"finite. The weights are those of step {step - streak}; the batches are kept in "
-        "nonfinite/. Try a lower --learning-rate or a longer --warmup-steps."
+        f"finite, and left the weights as they were. Their batches are kept in nonfinite/. Try a "
+        "lower --learning-rate or a longer --warmup-steps."
     )

@@ -4,13 +4,13 @@ Source: Loshchilov and Hutter 2019, arXiv:1711.05101 (decoupled decay) and 2017,
 (cosine); the arithmetic is optax's.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from tinyllm_jax.config import Config
 
@@ -23,7 +23,7 @@ class Moments(NamedTuple):
     second: dict[str, Array]  # running mean of its square
 
 
-def learning_rate_schedule(config: Config) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
+def learning_rate_schedule(config: Config) -> Callable[[Any], Any]:
     """Give the learning rate of update number `update`, counted from 1.
 
     Linear from 0 to the peak, reached at update `warmup_steps`; cosine from there to the floor,
@@ -31,16 +31,18 @@ def learning_rate_schedule(config: Config) -> Callable[[Int[Array, ""]], Float[A
     update is wasted on a rate of zero.
     """
     optimizer = config.optimizer
-    return optax.warmup_cosine_decay_schedule(
+    schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0 if optimizer.warmup_steps else optimizer.learning_rate,
         peak_value=optimizer.learning_rate,
         warmup_steps=optimizer.warmup_steps,
         decay_steps=max(config.decay_steps, optimizer.warmup_steps + 1),
         end_value=optimizer.min_learning_rate,
     )
+    # An int32 count would make the rate float32 even where all else is float64.
+    return lambda update: schedule(jnp.asarray(update, dtype=float))
 
 
-def decays(name: str, weight: Any) -> bool:
+def decays(weight: Any) -> bool:
     """Tell whether a weight is decayed: matrices (the embedding among them), never norms."""
     return weight.ndim >= 2
 
@@ -55,7 +57,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         b2=settings.beta2,
         eps=settings.epsilon,
         weight_decay=settings.weight_decay,
-        mask=lambda weights: {name: decays(name, weight) for name, weight in weights.items()},
+        mask=lambda weights: jax.tree.map(decays, weights),
     )
     if settings.max_grad_norm == 0.0:
         return adamw
@@ -64,7 +66,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 def read_moments(optimizer_state: Any) -> Moments:
     """Take AdamW's memory out of an optax state."""
-    adam = _adam_state(optimizer_state)
+    leaves = jax.tree.leaves(optimizer_state, is_leaf=_is_counting_state)
+    adam: Any
+    (adam,) = [leaf for leaf in leaves if isinstance(leaf, optax.ScaleByAdamState)]
     return Moments(adam.count, adam.mu, adam.nu)
 
 
@@ -74,9 +78,10 @@ def write_moments(optimizer_state: Any, moments: Moments) -> Any:
 
     def replace(state: Any) -> Any:
         if isinstance(state, optax.ScaleByAdamState):
-            return optax.ScaleByAdamState(count, dict(moments.first), dict(moments.second))
+            first, second = jax.tree.map(jnp.array, (dict(moments.first), dict(moments.second)))
+            return optax.ScaleByAdamState(jnp.array(count), first, second)
         if isinstance(state, optax.ScaleByScheduleState):
-            return optax.ScaleByScheduleState(count)
+            return optax.ScaleByScheduleState(jnp.array(count))  # no buffer is donated twice
         return state
 
     return jax.tree.map(replace, optimizer_state, is_leaf=_is_counting_state)
@@ -84,14 +89,3 @@ def write_moments(optimizer_state: Any, moments: Moments) -> Any:
 
 def _is_counting_state(state: Any) -> bool:
     return isinstance(state, (optax.ScaleByAdamState, optax.ScaleByScheduleState))
-
-
-def _adam_state(optimizer_state: Any) -> optax.ScaleByAdamState:
-    leaves = jax.tree.leaves(optimizer_state, is_leaf=_is_counting_state)
-    (adam,) = [leaf for leaf in leaves if isinstance(leaf, optax.ScaleByAdamState)]
-    return adam
-
-
-def weight_norms(weights: Mapping[str, Array]) -> dict[str, Float[Array, ""]]:
-    """Give the root of the sum of squares of each array."""
-    return {name: jnp.linalg.norm(weight.ravel()) for name, weight in weights.items()}

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 
 from tqdm import tqdm
 
@@ -55,6 +56,16 @@ class Progress:
         """Print lines above the bar."""
         tqdm.write(text, file=sys.stderr)
 
-    def close(self) -> None:
-        """Leave the finished bar on the screen."""
+    def show_evaluation(
+        self, *, step: int, loss: float, described: Mapping[str, float], text: str
+    ) -> None:
+        """Print a validation loss, other ways to say it, and a sample of what the model writes."""
+        details = ", ".join(f"{name.replace('_', ' ')} {x:.4g}" for name, x in described.items())
+        self.note(f"step {step}: validation loss {loss:.4f} ({details})\n  {text}\n")
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the bar on the screen as it stands."""
         self._bar.close()

@@ -31,8 +31,12 @@ class TrainState(NamedTuple):
 
 def new_state(config: Config, weights: Weights) -> TrainState:
     """Start a run from these weights, with empty moments."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, weights, make_optimizer(config).init(weights), zero)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        weights=weights,
+        optimizer_state=make_optimizer(config).init(weights),
+        nonfinite_streak=jnp.zeros((), jnp.int32),
+    )
 
 
 def make_train_step(
@@ -54,9 +58,7 @@ def make_train_step(
     ) -> Float[Array, ""]:
         return loss_sum(merge_weights(structure, weights), batch, key) / total
 
-    def train_step(
-        state: TrainState, batch: DeviceBatch
-    ) -> tuple[TrainState, dict[str, Array]]:
+    def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         total = jnp.maximum(loss_weight(batch), 1.0)
         gradient_of = jax.value_and_grad(pass_loss)
@@ -78,11 +80,9 @@ def make_train_step(
             keys = jax.random.split(key, passes)
             (loss, gradients), _ = jax.lax.scan(add_pass, zeros, (pieces, keys))
 
-        gradient_norm = optax.global_norm(gradients)
+        gradient_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-        updates, optimizer_state = optimizer.update(
-            gradients, state.optimizer_state, state.weights
-        )
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.weights)
         weights = optax.apply_updates(state.weights, updates)
         weights, optimizer_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),

@@ -1,0 +1,35 @@
+# The two commands: `make tiny` trains a storyteller, `make test` checks everything.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: tiny test quick lint clean
+
+tiny: .venv/installed
+	$(BIN)/python -m tinyllm_jax.train --config tiny
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+quick: .venv/test
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+
+# A marker file each, so that what is installed already is not looked at again.
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/test: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@ .venv/installed
+
+clean:
+	rm -rf .venv .cache

@@ -1,0 +1,229 @@
+"""The train step against PyTorch's AdamW, and what it promises about passes and bad numbers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from tinyllm_jax.config import Config
+from tinyllm_jax.model.weights import initial_weights, merge_weights, model_structure
+from tinyllm_jax.objectives.losses import cross_entropy_sum
+from tinyllm_jax.objectives.pretrain import count_targets, next_token_loss
+from tinyllm_jax.settings import build
+from tinyllm_jax.training.optim import (
+    learning_rate_schedule,
+    make_optimizer,
+    read_moments,
+    write_moments,
+)
+from tinyllm_jax.training.step import make_evaluation_step, make_train_step, new_state
+
+SHAPE = {
+    "model.vocab_size": 64,
+    "model.hidden_size": 16,
+    "model.intermediate_size": 24,
+    "model.num_hidden_layers": 2,
+    "model.num_attention_heads": 2,
+    "model.num_key_value_heads": 1,
+    "model.max_position_embeddings": 16,
+    "data.sequence_length": 16,
+    "train.batch_size": 4,
+    "train.max_steps": 20,
+    "optimizer.warmup_steps": 5,
+    "optimizer.learning_rate": 1e-2,
+    "optimizer.min_learning_rate": 1e-3,
+}
+
+
+def small_config(**changes) -> Config:
+    return build(Config, [("", SHAPE), ("", {k.replace("__", "."): v for k, v in changes.items()})])
+
+
+def random_batch(seed: int, *, rows: int, masked: bool) -> dict[str, np.ndarray]:
+    numbers = np.random.default_rng(seed)
+    tokens = numbers.integers(0, 64, (rows, 17), dtype=np.int32)
+    loss_mask = np.ones((rows, 16), bool)
+    if masked:  # rows of very different lengths, one of them without any target
+        loss_mask = np.arange(16) < np.resize([16, 1, 0, 7], rows)[:, None]
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": loss_mask}
+
+
+def stepper(config: Config):
+    structure, _ = model_structure(config.model)
+    return jax.jit(make_train_step(config, structure, next_token_loss, count_targets))
+
+
+def test_cross_entropy_equals_torch_also_for_huge_logits():
+    numbers = np.random.default_rng(0)
+    logits = numbers.normal(size=(3, 5, 11)).astype(np.float32) * 50
+    targets = numbers.integers(0, 11, (3, 5))
+    loss_mask = numbers.random((3, 5)) < 0.6
+    actual = jax.jit(cross_entropy_sum)(logits, targets, loss_mask)
+    each = torch.nn.functional.cross_entropy(
+        torch.tensor(logits).reshape(-1, 11), torch.tensor(targets).reshape(-1), reduction="none"
+    )
+    expected = (each.numpy() * loss_mask.reshape(-1)).sum()
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+def test_the_schedule_climbs_falls_along_a_cosine_and_stays():
+    config = small_config(
+        optimizer__warmup_steps=10, optimizer__decay_steps=30, train__max_steps=100
+    )
+    schedule = learning_rate_schedule(config)
+    actual = [float(schedule(update)) for update in (1, 5, 10, 20, 25, 30, 31, 100)]
+    peak, floor = 1e-2, 1e-3
+
+    def cosine(share: float) -> float:
+        return floor + (peak - floor) * 0.5 * (1 + np.cos(np.pi * share))
+
+    expected = [peak * 0.1, peak * 0.5, peak, cosine(0.5), cosine(0.75), floor, floor, floor]
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.05, 1e6])
+def test_the_optimizer_equals_torch_adamw_over_several_steps(max_grad_norm):
+    config = small_config(optimizer__max_grad_norm=max_grad_norm, optimizer__weight_decay=0.3)
+    schedule = learning_rate_schedule(config)
+    numbers = np.random.default_rng(1)
+    start = {"matrix": numbers.normal(size=(4, 3)), "norm": numbers.normal(size=3)}
+    twins = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
+    theirs = torch.optim.AdamW(
+        [
+            {"params": [twins["matrix"]], "weight_decay": 0.3},
+            {"params": [twins["norm"]], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    with jax.enable_x64(True):
+        optimizer = make_optimizer(config)
+        weights = jax.tree.map(jnp.asarray, start)
+        state = optimizer.init(weights)
+        for update in range(1, 9):
+            gradients = {name: numbers.normal(size=value.shape) for name, value in start.items()}
+            updates, state = optimizer.update(
+                jax.tree.map(jnp.asarray, gradients), state, weights
+            )
+            weights = jax.tree.map(lambda weight, change: weight + change, weights, updates)
+            for name, twin in twins.items():
+                twin.grad = torch.tensor(gradients[name])
+            if max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(list(twins.values()), max_grad_norm)
+            for group in theirs.param_groups:
+                group["lr"] = float(schedule(jnp.asarray(update)))
+            theirs.step()
+        for name, twin in twins.items():
+            # optax divides by the norm, torch by the norm + 1e-6.
+            tolerance = 1e-10 if max_grad_norm != 0.05 else 1e-5
+            np.testing.assert_allclose(weights[name], twin.detach().numpy(), rtol=tolerance)
+
+
+def test_moments_survive_being_read_and_written():
+    config = small_config()
+    optimizer = make_optimizer(config)
+    weights = {"matrix": jnp.ones((2, 2)), "norm": jnp.ones(2)}
+    _, state = optimizer.update(weights, optimizer.init(weights), weights)
+    again = write_moments(optimizer.init(weights), read_moments(state))
+    expected, actual = jax.tree.leaves(state), jax.tree.leaves(again)
+    assert jax.tree.structure(state) == jax.tree.structure(again)
+    for one, other in zip(expected, actual, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert int(read_moments(again).count) == 1
+
+
+@pytest.mark.parametrize("passes", [2, 4])
+def test_accumulated_passes_give_the_exact_token_mean_however_unevenly_they_are_filled(passes):
+    with jax.enable_x64(True):
+        whole = small_config(model__compute_dtype="float64", train__batch_size=8)
+        parts = small_config(
+            model__compute_dtype="float64",
+            train__batch_size=8 // passes,
+            train__gradient_accumulation_steps=passes,
+        )
+        weights = initial_weights(whole.model, seed=0)
+        batch = random_batch(0, rows=8, masked=True)
+        expected, expected_numbers = stepper(whole)(new_state(whole, weights), batch)
+        actual, numbers = stepper(parts)(new_state(parts, weights), batch)
+        np.testing.assert_allclose(numbers["loss"], expected_numbers["loss"], rtol=1e-12)
+        np.testing.assert_allclose(numbers["grad_norm"], expected_numbers["grad_norm"], rtol=1e-10)
+        for name, weight in expected.weights.items():
+            np.testing.assert_allclose(actual.weights[name], weight, rtol=1e-9, atol=1e-12)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_unmasked_targets():
+    config = small_config()
+    batch = random_batch(3, rows=4, masked=True)
+    weights = initial_weights(config.model, seed=0)
+    structure, _ = model_structure(config.model)
+    _, numbers = stepper(config)(new_state(config, weights), batch)
+    logits = jax.jit(lambda w: merge_weights(structure, w)(batch["tokens"]))(weights)
+    log_probs = np.asarray(jax.nn.log_softmax(logits))
+    chosen = np.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0]
+    expected = -chosen[batch["loss_mask"]].mean()
+    np.testing.assert_allclose(numbers["loss"], expected, rtol=1e-5)
+    assert float(numbers["targets"]) == batch["loss_mask"].sum()
+    evaluation_step = jax.jit(make_evaluation_step(structure, next_token_loss, count_targets))
+    loss_sum, targets = evaluation_step(weights, batch)
+    np.testing.assert_allclose(loss_sum / targets, expected, rtol=1e-5)
+
+
+def test_a_step_that_is_no_number_changes_nothing_but_the_streak():
+    config = small_config()
+    step = stepper(config)
+    state = new_state(config, initial_weights(config.model, seed=0))
+    state, _ = step(state, random_batch(0, rows=4, masked=False))
+    # One poisoned weight that only some tokens meet: the loss is NaN only for those.
+    poisoned = dict(state.weights)
+    poisoned["embed_tokens.weight"] = poisoned["embed_tokens.weight"].at[5].set(jnp.nan)
+    state = state._replace(weights=poisoned)
+    before = jax.tree.map(np.asarray, state)
+    bad = random_batch(1, rows=4, masked=False)
+    assert (bad["tokens"] == 5).any()
+    after, numbers = step(state, bad)
+    after, numbers = step(after, bad)
+    assert not np.isfinite(numbers["loss"])
+    assert int(numbers["nonfinite_streak"]) == 2
+    assert int(after.step) == int(before.step) + 2
+    kept = (before.weights, before.optimizer_state)
+    for one, other in zip(
+        jax.tree.leaves(kept),
+        jax.tree.leaves((after.weights, after.optimizer_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_streak_ends_with_a_good_step():
+    config = small_config()
+    state = new_state(config, initial_weights(config.model, seed=0))
+    state = state._replace(nonfinite_streak=jnp.asarray(3, jnp.int32))
+    state, numbers = stepper(config)(state, random_batch(0, rows=4, masked=False))
+    assert int(numbers["nonfinite_streak"]) == int(state.nonfinite_streak) == 0
+
+
+def test_dropout_differs_between_steps_and_passes_and_repeats_with_the_seed():
+    config = small_config(model__residual_dropout=0.5)
+    step, batch = stepper(config), random_batch(0, rows=4, masked=False)
+    first = new_state(config, initial_weights(config.model, seed=0))
+    second = first._replace(step=jnp.asarray(1, jnp.int32))
+    loss = float(step(first, batch)[1]["loss"])
+    assert float(step(first, batch)[1]["loss"]) == loss
+    assert float(step(second, batch)[1]["loss"]) != loss
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
+    assert float(stepper(other)(first, batch)[1]["loss"]) != loss
+
+
+def test_training_lowers_the_loss_of_a_batch():
+    config = small_config()
+    step, batch = stepper(config), random_batch(0, rows=4, masked=False)
+    state = new_state(config, initial_weights(config.model, seed=0))
+    losses = []
+    for _ in range(20):
+        state, numbers = step(state, batch)
+        losses.append(float(numbers["loss"]))
+    assert losses[0] == pytest.approx(np.log(64), rel=0.05)
+    assert losses[-1] < losses[0] - 1

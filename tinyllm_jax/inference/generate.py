@@ -1,0 +1,307 @@
+"""Continuations of token rows: read the prompts, then one token at a time from the cache.
+
+    generator = Generator(config.model)
+    rows = generator.generate(weights, prompts, sampling=config.sampling, eos_id=tokenizer.eos_id)
+    rows[i][j].token_ids  # sample j of prompt i
+
+Weights are an argument, so that a training run samples from its live ones. Reading, drawing and
+stopping are one compiled program. It is compiled again only for another number of rows or another
+bucket: prompt lengths and cache sizes are rounded up to powers of two.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Int
+
+from tinyllm_jax.config import ModelConfig, SamplingConfig
+from tinyllm_jax.errors import InputError
+from tinyllm_jax.inference.sampling import RowSettings, next_tokens
+from tinyllm_jax.model.kv_cache import LayerCache, empty_cache
+from tinyllm_jax.model.transformer import Transformer, compute_dtype
+from tinyllm_jax.model.weights import Weights, merge_weights, model_structure
+
+# Prompts and caches below this share a program; reading 32 positions costs about what 1 does.
+SMALLEST_BUCKET = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """What followed one prompt.
+
+    Attributes:
+        token_ids: The new tokens, int32; when `ended` is "eos" the last one is the eos.
+        ended: "eos", "length" (`max_new_tokens` are there) or "context" (prompt and continuation
+            fill `max_position_embeddings`).
+    """
+
+    token_ids: np.ndarray
+    ended: str
+
+
+class Generator:
+    """Compiled generation for one model shape; keep it, since it holds the compiled programs.
+
+    Args:
+        config: Shape and arithmetic of the model that the weights belong to.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        structure, _ = model_structure(config)
+        self._run = jax.jit(
+            functools.partial(_continue_rows, config, structure),
+            static_argnames=("slots", "samples"),
+        )
+
+    @property
+    def compilations(self) -> int:
+        """Count the programs compiled so far."""
+        return self._run._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def generate(
+        self,
+        weights: Mapping[str, Any],
+        prompts: Sequence[Sequence[int]],
+        *,
+        sampling: SamplingConfig,
+        eos_id: int,
+    ) -> list[list[Continuation]]:
+        """Continue each prompt `sampling.num_samples` times.
+
+        A continuation is a function of weights, prompt, settings, seed and its number among the
+        samples of its prompt: the other rows of the batch change nothing but rounding. The same
+        prompt twice gives the same text twice.
+
+        Prompt and continuation together take `max_position_embeddings` tokens at most. With
+        `sampling.slide`, a row of that length is cut to its last `max_position_embeddings // 2`
+        tokens, which are read again from position 0, and goes on; a longer prompt is cut alike.
+        The repetition penalty counts the tokens that slid out too.
+
+        Args:
+            weights: The flat dictionary of `tinyllm_jax.model.weights`.
+            prompts: Token ids, bos included; lengths may differ.
+            sampling: Every setting but `prompt`.
+            eos_id: The token that ends a continuation; -1 for none.
+
+        Raises:
+            InputError: a prompt is empty, fills the context, or holds an id that the model lacks.
+        """
+        self._check(prompts, slide=sampling.slide)
+        samples, limit = sampling.num_samples, self.config.max_position_embeddings
+        new: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
+        ended = [""] * len(new)
+        while not all(ended):
+            texts = [[*prompts[row // samples], *new[row]] for row in range(len(new))]
+            budgets = np.zeros(len(new), np.int32)
+            windows = []
+            for row, text in enumerate(texts):
+                window = text if len(text) < limit else text[-(limit // 2) :]
+                windows.append(window)
+                if not ended[row]:
+                    left = sampling.max_new_tokens - len(new[row])
+                    budgets[row] = min(left, limit - len(window))
+            # All samples of a prompt start alike, so their first window is read once.
+            first = not any(new)
+            found = self._run_windows(
+                weights,
+                windows[::samples] if first else windows,
+                texts,
+                budgets,
+                samples=samples if first else 1,
+                sampling=sampling,
+                eos_id=eos_id,
+                token_numbers=[len(tokens) for tokens in new],
+            )
+            for row, (tokens, met_eos) in enumerate(found):
+                new[row].extend(tokens.tolist())
+                if ended[row]:
+                    continue
+                if met_eos:
+                    ended[row] = "eos"
+                elif len(new[row]) == sampling.max_new_tokens:
+                    ended[row] = "length"
+                elif not sampling.slide:
+                    ended[row] = "context"
+        rows = [Continuation(np.array(t, np.int32), e) for t, e in zip(new, ended, strict=True)]
+        return [rows[start : start + samples] for start in range(0, len(rows), samples)]
+
+    def _check(self, prompts: Sequence[Sequence[int]], *, slide: bool) -> None:
+        limit, vocab = self.config.max_position_embeddings, self.config.vocab_size
+        for prompt in prompts:
+            if len(prompt) == 0:
+                raise InputError("A prompt holds no token. Begin it with bos.")
+            outside = [int(token) for token in prompt if not 0 <= token < vocab]
+            if outside:
+                raise InputError(
+                    f"The prompt holds token {outside[0]}, and model.vocab_size={vocab}. Use the "
+                    "tokenizer that the model was trained with."
+                )
+            if len(prompt) >= limit and not slide:
+                raise InputError(
+                    f"The prompt has {len(prompt)} tokens, and model.max_position_embeddings="
+                    f"{limit} leaves no room for a continuation. Use {limit - 1} tokens or fewer, "
+                    "or add --slide to go on from the last part of it."
+                )
+
+    def _run_windows(
+        self,
+        weights: Mapping[str, Any],
+        windows: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]],
+        budgets: np.ndarray,
+        *,
+        samples: int,
+        sampling: SamplingConfig,
+        eos_id: int,
+        token_numbers: Sequence[int],
+    ) -> list[tuple[np.ndarray, bool]]:
+        """Continue windows by at most `budgets` tokens: (new tokens, whether eos ended them)."""
+        limit, rows = self.config.max_position_embeddings, len(texts)
+        lengths = np.array([len(window) for window in windows], np.int32)
+        tokens = np.zeros((len(windows), bucket(lengths.max(), limit=limit)), np.int32)
+        for row, window in enumerate(windows):
+            tokens[row, : len(window)] = window
+        present = np.zeros((rows, self.config.vocab_size), bool)
+        for row, text in enumerate(texts):
+            present[row, text] = True
+        found, counts, met_eos = jax.device_get(
+            self._run(
+                dict(weights),
+                tokens,
+                lengths,
+                present,
+                budgets,
+                np.array(token_numbers, np.int32),
+                np.int32(eos_id),
+                row_settings(sampling, rows=rows),
+                slots=bucket((np.repeat(lengths, samples) + budgets).max(), limit=limit),
+                samples=samples,
+            )
+        )
+        return [(found[row, : counts[row]], bool(met_eos[row])) for row in range(rows)]
+
+
+def bucket(length: int, *, limit: int) -> int:
+    """Round a number of positions up to a power of two, but not above `limit`."""
+    return min(max(SMALLEST_BUCKET, 1 << (int(length) - 1).bit_length()), limit)
+
+
+def row_settings(sampling: SamplingConfig, *, rows: int) -> RowSettings:
+    """Spread one setting over `rows` rows that are the samples of prompts, side by side."""
+    temperature = 0.0 if sampling.greedy else sampling.temperature
+
+    def spread(value: float, dtype: Any) -> Array:
+        return jnp.asarray(np.full(rows, value, dtype))
+
+    return RowSettings(
+        temperature=spread(temperature, np.float32),
+        top_k=spread(sampling.top_k, np.int32),
+        top_p=spread(sampling.top_p, np.float32),
+        repetition_penalty=spread(sampling.repetition_penalty, np.float32),
+        seed=spread(sampling.seed, np.uint32),
+        sample_number=jnp.asarray(np.arange(rows, dtype=np.int32) % sampling.num_samples),
+    )
+
+
+def read_prompts(
+    model: Transformer, tokens: Int[Array, "prompts width"], lengths: Int[Array, "prompts"]
+) -> tuple[Array, tuple[LayerCache, ...]]:
+    """Give the logits after each right-padded prompt and the cache of all of it.
+
+    Padding leaves garbage in the slots after a prompt; each is overwritten by the token of its
+    position before any query sees it.
+    """
+    config = model.config
+    cache = empty_cache(
+        config, batch=tokens.shape[0], slots=tokens.shape[1], dtype=compute_dtype(config)
+    )
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    hidden, cache = model.hidden(tokens, positions, cache=cache)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    assert cache is not None
+    return model.logits(last)[:, 0], cache
+
+
+class _Rows(NamedTuple):
+    """What the loop carries: rows in the middle of their continuation."""
+
+    step: Array  # new tokens of rows that still go on
+    token: Int[Array, "rows"]  # the newest, not read yet
+    cache: tuple[LayerCache, ...]
+    present: Bool[Array, "rows vocab"]
+    found: Int[Array, "rows slots"]
+    counts: Int[Array, "rows"]
+    done: Bool[Array, "rows"]
+    met_eos: Bool[Array, "rows"]
+
+
+def _continue_rows(
+    config: ModelConfig,
+    structure: nnx.GraphDef,
+    weights: Weights,
+    tokens: Int[Array, "prompts width"],
+    lengths: Int[Array, "prompts"],
+    present: Bool[Array, "rows vocab"],
+    budgets: Int[Array, "rows"],
+    token_numbers: Int[Array, "rows"],
+    eos_id: Int[Array, ""],
+    settings: RowSettings,
+    *,
+    slots: int,
+    samples: int,
+) -> tuple[Int[Array, "rows slots"], Int[Array, "rows"], Bool[Array, "rows"]]:
+    """Read prompts once, then draw until each row has met eos or its budget of new tokens."""
+    # The model casts each weight where it is used; done here it costs once, not at each token.
+    model = merge_weights(
+        structure, {name: w.astype(compute_dtype(config)) for name, w in weights.items()}
+    )
+    logits, cache = read_prompts(model, tokens, lengths)
+    more = ((0, 0), (0, slots - tokens.shape[1]), (0, 0), (0, 0))
+    cache = jax.tree.map(lambda x: jnp.repeat(jnp.pad(x, more), samples, axis=0), cache)
+    logits, lengths = (jnp.repeat(x, samples, axis=0) for x in (logits, lengths))
+    count = lengths.shape[0]
+    every_row = jnp.arange(count)
+
+    def draw(rows: _Rows, logits: Array) -> _Rows:
+        token = next_tokens(
+            logits,
+            present=rows.present,
+            settings=settings,
+            token_number=token_numbers + rows.step,
+        )
+        met_eos = ~rows.done & (token == eos_id)
+        return rows._replace(
+            step=rows.step + 1,
+            token=token,
+            present=rows.present.at[every_row, token].set(True),
+            found=rows.found.at[:, rows.step].set(token),
+            counts=rows.counts + ~rows.done,
+            done=rows.done | met_eos | (rows.step + 1 >= budgets),
+            met_eos=rows.met_eos | met_eos,
+        )
+
+    def read_and_draw(rows: _Rows) -> _Rows:
+        positions = (lengths + rows.step - 1)[:, None]
+        hidden, cache = model.hidden(rows.token[:, None], positions, cache=rows.cache)
+        assert cache is not None
+        return draw(rows._replace(cache=cache), model.logits(hidden)[:, 0])
+
+    start = _Rows(
+        step=jnp.zeros((), jnp.int32),
+        token=jnp.zeros(count, jnp.int32),
+        cache=cache,
+        present=present,
+        found=jnp.zeros((count, slots), jnp.int32),
+        counts=jnp.zeros(count, jnp.int32),
+        done=budgets <= 0,
+        met_eos=jnp.zeros(count, bool),
+    )
+    rows = jax.lax.while_loop(lambda rows: ~rows.done.all(), read_and_draw, draw(start, logits))
+    return rows.found, rows.counts, rows.met_eos

@@ -1,0 +1,205 @@
+"""Train a model: `python -m tinyllm_jax.train --config tiny`.
+
+Text becomes a tokenizer and token shards, a run folder is opened, and `fit` does the rest.
+"""
+
+# What starts slowly is imported inside functions: the processes that prepare data import this
+# module again, and `--help` need not wait.
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tinyllm_jax.cli import run
+from tinyllm_jax.config import Config, TokenizerConfig, preset_names
+from tinyllm_jax.errors import InputError
+from tinyllm_jax.settings import Parser, add_flags, parse_flags
+
+if TYPE_CHECKING:
+    from tinyllm_jax.data.prepare import PreparedData
+    from tinyllm_jax.data.tokenizer import Tokenizer
+    from tinyllm_jax.training.loop import Outcome
+    from tinyllm_jax.training.start import Start
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Train as the command line says.
+
+    Returns:
+        0 when finished, 130 or 143 when stopped by a signal (after saving), 1 when the loss was no
+        number for too long.
+    """
+    preset, overrides, problems = read_command(words)
+    from tinyllm_jax.data.files import locked
+    from tinyllm_jax.data.prepare import prepare
+    from tinyllm_jax.model.weights import model_structure
+    from tinyllm_jax.objectives.pretrain import make_pretraining
+    from tinyllm_jax.training.loop import Identity, fit
+    from tinyllm_jax.training.start import (
+        check_data,
+        check_folder,
+        find_start,
+        first_state,
+        open_folder,
+    )
+
+    start = find_start(preset, overrides, problems, say=say)
+    config, folder = start.config, start.folder
+    if start.resumed and start.resumed.step >= config.train.max_steps:
+        say(
+            f"{start.resumed.folder}: the run is finished at step {start.resumed.step}. To train "
+            "longer, add --max-steps with a larger number."
+        )
+        return 0
+    check_folder(folder)
+    set_up_jax(config)
+    lock = folder.parent / f".{folder.name}.lock"
+    with locked(lock, on_wait=lambda: refuse_second_run(start)):
+        prepared = prepare(with_tokenizer_of(start), progress=sys.stderr.isatty())
+        check_data(start, prepared)
+        open_folder(start, prepared, say=say)
+        say_what_starts(start, prepared)
+        structure, _ = model_structure(config.model)
+        outcome = fit(
+            make_pretraining(config, prepared),
+            first_state(start),
+            structure=structure,
+            config=config,
+            folder=folder,
+            identity=Identity(prepared.tokenizer, prepared.dataset_hash),
+            best=start.resumed.best if start.resumed else None,
+            sample=make_sampler(config, prepared.tokenizer),
+        )
+    return say_how_it_ended(start, outcome)
+
+
+def read_command(words: Sequence[str] | None) -> tuple[str | None, dict[str, Any], list[str]]:
+    """Read the command line as preset, settings over it, and what is wrong with it."""
+    parser = Parser(
+        prog="python -m tinyllm_jax.train",
+        description="Train a LLaMA-style language model on text.",
+        epilog=f"Presets: {', '.join(preset_names())}. The run folder holds checkpoints, "
+        "metrics.jsonl and report.html.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="NAME|FILE.toml",
+        help="preset or TOML file (default tiny; a resumed run keeps its own settings)",
+    )
+    add_flags(parser, Config)
+    arguments, overrides, problems = parse_flags(parser, Config, words)
+    return arguments.config, overrides, problems
+
+
+def set_up_jax(config: Config) -> None:
+    """Make the settings that JAX has for the whole process."""
+    import jax
+
+    from tinyllm_jax.compilation_cache import enable_compilation_cache
+
+    if config.train.compilation_cache:
+        enable_compilation_cache()
+    if config.model.compute_dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+
+
+def with_tokenizer_of(start: "Start") -> Config:
+    """Make data be prepared with the tokenizer of the checkpoint that the run starts from."""
+    source, path = start.source, start.config.tokenizer.path
+    if source is None or path not in ("", source.config.tokenizer.path):
+        return start.config
+    tokenizer = TokenizerConfig(path=str(source.folder))
+    return dataclasses.replace(start.config, tokenizer=tokenizer)
+
+
+def make_sampler(config: Config, tokenizer: "Tokenizer") -> Callable[[Any], str]:
+    """Make the function that lets the model in training go on with the prompt of the settings."""
+    from tinyllm_jax.inference.generate import Generator
+
+    generator = Generator(config.model)
+    prompt = tokenizer.encode(config.sampling.prompt, bos=True)
+
+    def sample(weights: Any) -> str:
+        rows = generator.generate(
+            weights, [prompt], sampling=config.sampling, eos_id=tokenizer.eos_id
+        )
+        return tokenizer.decode([*prompt, *rows[0][0].token_ids.tolist()])
+
+    return sample
+
+
+def refuse_second_run(start: "Start") -> None:
+    """Refuse to write into a folder that another process trains in."""
+    raise InputError(
+        f"{start.folder}: another process is training there. Wait for it, or name another folder "
+        "with --out."
+    )
+
+
+def say_what_starts(start: "Start", prepared: "PreparedData") -> None:
+    """Print what is about to be trained, on what and where."""
+    import jax
+
+    from tinyllm_jax.model.attention import choose_implementation
+    from tinyllm_jax.model.transformer import compute_dtype
+    from tinyllm_jax.model.weights import count_parameters
+
+    config, device = start.config, jax.devices()[0]
+    total, outside = count_parameters(config.model)
+    dtype = compute_dtype(config.model)
+    kernel = choose_implementation(
+        config.model.attention, dtype, dropout_rate=config.model.attention_dropout
+    )
+    train, validation = prepared.train, prepared.validation
+    tokens_per_step = config.rows_per_step * config.data.sequence_length
+    say(f"Device   {device.device_kind} ({device.platform}), {dtype.name}, attention {kernel}")
+    say(f"Model    {total:,} parameters, {outside:,} without the embedding")
+    say(
+        f"Data     {train.tokens:,} tokens of {train.documents:,} documents to train on, "
+        f"{validation.tokens:,} of {validation.documents:,} to validate "
+        f"({train.text_bytes / train.tokens:.2f} bytes per token)"
+    )
+    say(
+        f"Steps    {config.train.max_steps:,} of {tokens_per_step:,} tokens: "
+        f"{config.train.max_steps * tokens_per_step / train.tokens:.1f} times through the data"
+    )
+    if start.resumed:
+        say(f"Resumes  {start.resumed.folder}, exactly where step {start.resumed.step} ended")
+    elif start.initial:
+        say(f"Weights  of {start.initial.folder}")
+    say(f"Folder   {start.folder}\n")
+
+
+def say_how_it_ended(start: "Start", outcome: "Outcome") -> int:
+    """Print where everything is and what to type next, and give the exit code."""
+    folder, step = start.folder, int(outcome.state.step)
+    if outcome.nonfinite:
+        say(f"error: {outcome.nonfinite}")
+        return 1
+    if outcome.stopped_by is not None:
+        say(
+            f"Stopped by {outcome.stopped_by.name}; step {step} is saved. Go on, exactly there, "
+            f"with:\n  python -m tinyllm_jax.train --resume {folder}"
+        )
+        return 128 + outcome.stopped_by
+    if outcome.best:
+        say(f"Finished. Lowest validation loss {outcome.best['loss']:.4f}, at step "
+            f"{outcome.best['step']}: {folder / 'best'}")  # fmt: skip
+    say(f"Loss curve and samples: {folder / 'report.html'}")
+    say(
+        "More of what it writes:\n"
+        f'  python -m tinyllm_jax.generate --checkpoint {folder} --prompt "{start.config.sampling.prompt}"'
+    )
+    return 0
+
+
+def say(text: str) -> None:
+    """Tell the person something, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

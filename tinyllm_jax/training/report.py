@@ -1,0 +1,159 @@
+"""`report.html`: one file that shows a run, with its plot inside and nothing loaded from elsewhere."""
+
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from tinyllm_jax.data.files import write_file
+from tinyllm_jax.settings import flatten
+from tinyllm_jax.training.metrics import read_metrics
+
+# Grey that reads on white and on black alike, since the page follows the reader's theme.
+INK, TRAIN, VALIDATION, FLOOR = "#808080", "#6ea8dc", "#e07b39", "#3f9b5f"
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem }}
+svg {{ width: 100%; height: auto }}
+blockquote {{ margin: .5rem 0 1.5rem; padding-left: 1rem; border-left: 3px solid #8886;
+  white-space: pre-wrap; overflow-wrap: anywhere }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; display: block;
+  overflow-x: auto }}
+td, th {{ padding: .15rem 1rem .15rem 0; text-align: left; border-bottom: 1px solid #8884 }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""
+
+
+def write_report(folder: Path) -> None:
+    """Write `report.html` of a run folder from the files that lie in it."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    config = json.loads((folder / "training_config_snapshot.json").read_text())
+    stats = json.loads((folder / "dataset_stats.json").read_text())
+    title = f"{folder.name}: step {max((row['step'] for row in rows), default=0)}"
+    body = [
+        f"<p>{summarise(rows)}</p>",
+        plot_svg(rows),
+        "<h2>What it writes</h2>",
+        *(
+            f"<p>Step {row['step']}</p><blockquote>{html.escape(row['text'])}</blockquote>"
+            for row in newest_first([row for row in rows if row["kind"] == "sample"])
+        ),
+        "<h2>Data</h2>",
+        table(["split", *next(iter(stats["splits"].values()))], split_rows(stats["splits"])),
+        "<h2>Settings</h2>",
+        table(["setting", "value"], sorted(flatten(config).items())),
+    ]
+    page = PAGE.format(title=html.escape(title), body="\n".join(body))
+    write_file(folder / "report.html", page.encode())
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say the newest numbers in one sentence."""
+    looks = [row for row in rows if row["kind"] == "eval"]
+    if not looks:
+        return "No evaluation yet."
+    last, best = looks[-1], min(looks, key=lambda row: float(row["loss"]))
+    text = (
+        f"Validation loss {float(last['loss']):.4f} nats per token "
+        f"({last['bits_per_byte']:.4f} bits per byte) at step {last['step']}; lowest "
+        f"{float(best['loss']):.4f} at step {best['step']}."
+    )
+    if "above_floor" in last:
+        text += (
+            f" The entropy floor of the validation text is "
+            f"{last['entropy_floor_bits_per_byte']:.4f} bits per byte: the model is "
+            f"{last['above_floor']:.1%} above the best that any model can do."
+        )
+    return text
+
+
+def plot_svg(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Draw the loss curve as SVG text."""
+    # Text stays text: it can be selected, and the page's font draws it.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "tinyllm"}):
+        file = io.StringIO()
+        draw_losses(rows).savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    drawing = file.getvalue()
+    return drawing[drawing.index("<svg") :]
+
+
+def draw_losses(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Plot training and validation loss against steps, and the entropy floor where it is known."""
+    train = [row for row in rows if row["kind"] == "train" and is_number(row["loss"])]
+    looks = [row for row in rows if row["kind"] == "eval" and is_number(row["loss"])]
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    if train:
+        steps, losses = np.array([(row["step"], row["loss"]) for row in train]).T
+        axes.plot(steps, losses, color=TRAIN, linewidth=1, label="training batch")
+    if looks:
+        steps, losses = np.array([(row["step"], row["loss"]) for row in looks]).T
+        label = f"validation, last {losses[-1]:.3f}"
+        axes.plot(steps, losses, "o-", color=VALIDATION, markersize=4, label=label)
+    if looks and "above_floor" in looks[-1]:
+        floor = looks[-1]["loss"] / (1 + looks[-1]["above_floor"])
+        axes.axhline(floor, color=FLOOR, linestyle="--", label=f"entropy floor {floor:.3f}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    if train or looks:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.legend(frameon=False, labelcolor=INK)
+    axes.tick_params(colors=INK, which="both")
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    return figure
+
+
+def is_number(loss: float | str) -> bool:
+    """Tell a loss from one that was not finite, which the metrics file holds as text."""
+    return not isinstance(loss, str)
+
+
+def newest_first(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Take the newest ten rows."""
+    return list(reversed(rows))[:10]
+
+
+def split_rows(splits: Mapping[str, Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """Turn the account of each split into rows of a table."""
+    return [(name, *values.values()) for name, values in splits.items()]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Write an HTML table."""
+
+    def cells(values: Sequence[Any], tag: str) -> str:
+        return "".join(f"<{tag}>{html.escape(show(value))}</{tag}>" for value in values)
+
+    lines = [f"<tr>{cells([name.replace('_', ' ') for name in head], 'th')}</tr>"]
+    lines += [f"<tr>{cells(row, 'td')}</tr>" for row in rows]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def show(value: Any) -> str:
+    """Write a value for people: thousands apart, few digits, lists as words."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,0 +1,124 @@
+"""What is known of finished steps: fetched late, so that the device is never waited for."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tinyllm_jax.config import Config
+from tinyllm_jax.data.files import replacing
+from tinyllm_jax.model.weights import flops_per_token
+from tinyllm_jax.training.devices import peak_flops
+from tinyllm_jax.training.metrics import MetricsFile
+from tinyllm_jax.training.progress import Progress
+
+# Slow steps are written before a whole log interval has passed.
+WRITE_INTERVAL_SECONDS = 5.0
+
+
+class StepLog:
+    """Gathers the numbers of steps while they are still being computed, and writes them later.
+
+    Args:
+        folder: The run folder.
+        train_batch: Gives a batch again, to be kept where its numbers are not finite.
+        metrics: Takes the rows.
+        progress: Shows the newest one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        config: Config,
+        train_batch: Callable[[int], dict[str, np.ndarray]],
+        metrics: MetricsFile,
+        progress: Progress,
+    ):
+        self._folder, self._config, self._train_batch = folder, config, train_batch
+        self._metrics, self._progress = metrics, progress
+        self._peak_flops = peak_flops()
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self.nonfinite_streak = 0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Begin a stretch of steps, so that speeds leave compiling and evaluating out."""
+        self._start = self._last_write = time.perf_counter()
+        self._finished_steps, self._waited_seconds = 0, 0.0
+
+    def add(self, step: int, numbers: dict[str, jax.Array], *, waited_seconds: float) -> None:
+        """Take the numbers of a step that was handed to the device.
+
+        Args:
+            waited_seconds: How long the step's batch was waited for.
+        """
+        self._pending.append((step, numbers))
+        self._waited_seconds += waited_seconds
+
+    def write_due(self, step: int) -> None:
+        """Write finished steps if it is time to; the newest one is left to the device."""
+        seconds = time.perf_counter() - self._last_write
+        if step % self._config.train.log_interval_steps == 0 or seconds > WRITE_INTERVAL_SECONDS:
+            self.write(leave=1)
+
+    def write(self, *, leave: int) -> None:
+        """Fetch and write the numbers of all steps but the newest `leave`."""
+        ready = self._pending[: len(self._pending) - leave]
+        if not ready:
+            return
+        self._pending = self._pending[len(ready) :]
+        steps = [step for step, _ in ready]
+        fetched = jax.device_get([numbers for _, numbers in ready])
+        self._finished_steps += len(ready)
+        rows: list[dict[str, Any]] = []
+        last: dict[str, Any] = {}
+        for step, numbers in zip(steps, fetched, strict=True):
+            plain = {name: float(value) for name, value in numbers.items()}
+            self.nonfinite_streak = int(plain.pop("nonfinite_streak"))
+            is_skipped = self.nonfinite_streak > 0
+            last = {"kind": "train", "step": step, **plain, "skipped": is_skipped}
+            rows.append(last)
+            if is_skipped:
+                rows.append(self._keep_batch(step))
+        rows.append(self._speed(last))
+        self._metrics.write(rows)
+        self._last_write = time.perf_counter()
+
+    def _speed(self, last: Mapping[str, Any]) -> dict[str, Any]:
+        config, seconds = self._config, max(time.perf_counter() - self._start, 1e-9)
+        tokens = self._finished_steps * config.rows_per_step * config.data.sequence_length
+        speed = tokens / seconds
+        per_token = flops_per_token(config.model, sequence_length=config.data.sequence_length)
+        mfu = speed * per_token / self._peak_flops
+        left = config.train.max_steps - last["step"]
+        self._progress.show(
+            step=last["step"],
+            loss=last["loss"],
+            learning_rate=last["learning_rate"],
+            tokens_per_second=speed,
+            mfu=mfu,
+            seconds_left=left * seconds / self._finished_steps,
+        )
+        return {
+            "kind": "speed",
+            "step": last["step"],
+            "time": time.time(),
+            "tokens_per_second": speed,
+            "mfu": mfu,
+            "data_wait_share": self._waited_seconds / seconds,
+        }
+
+    def _keep_batch(self, step: int) -> dict[str, Any]:
+        """Save the batch of a step whose loss or gradient was not finite, and say where."""
+        path = self._folder / "nonfinite" / f"step_{step}.npz"
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **self._train_batch(step - 1))  # type: ignore[arg-type]
+        self._progress.note(
+            f"step {step}: loss or gradient not finite; weights left as they were, batch kept in "
+            f"{path}"
+        )
+        return {"kind": "nonfinite", "step": step, "batch": step - 1, "file": path.name}

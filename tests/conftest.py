@@ -1,17 +1,39 @@
-"""What all tests share: strict arrays, a compilation cache, and the folder of real data."""
+"""What all tests share: strict arrays, a compilation cache, real data, and one small trained run."""
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Before jax is imported, here and in the commands that tests start. A test that sums differently
-# each time could not compare runs bitwise; XLA on CPU does not, so nothing else is set.
+# Set before jax is imported, here and in the commands that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+# A model and a corpus so small that a run of 20 steps is a matter of seconds.
+SMALL_RUN = [
+    *("--config", "tiny"),
+    *("--model.vocab_size", "512"),
+    *("--model.hidden_size", "32"),
+    *("--model.intermediate_size", "64"),
+    *("--model.num_hidden_layers", "2"),
+    *("--model.num_attention_heads", "2"),
+    *("--model.num_key_value_heads", "1"),
+    *("--model.max_position_embeddings", "64"),
+    *("--data.sequence_length", "64"),
+    *("--data.toy_documents", "400"),
+    *("--data.validation_fraction", "0.1"),
+    *("--train.batch_size", "4"),
+    *("--train.eval_batches", "2"),
+    *("--train.log_interval_steps", "3"),
+    *("--max-new-tokens", "16"),
+]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,3 +50,58 @@ def shared_data() -> Path:
     if not (folder / "tinystories").is_dir():
         pytest.skip("no real data: ../shared/data/tinystories is not there")
     return folder
+
+
+@pytest.fixture(scope="session")
+def prepared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give one data folder to all small runs, so that their corpus is prepared once."""
+    return tmp_path_factory.mktemp("data")
+
+
+class Command:
+    """Runs `python -m tinyllm_jax.NAME FLAGS...` as a person would."""
+
+    def __init__(self, folder: Path, data: Path):
+        self.options = {
+            "cwd": folder,
+            "env": os.environ | {"TINYLLM_DATA_DIR": str(data), "PYTHONPATH": str(ROOT)},
+            "text": True,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+        }
+
+    def run(self, name: str, *flags: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        words = [sys.executable, "-m", f"tinyllm_jax.{name}", *flags]
+        return subprocess.run(words, **self.options | {"timeout": 300} | options)
+
+    def start(self, name: str, *flags: str) -> subprocess.Popen[str]:
+        """Start a command, to be watched and killed."""
+        words = [sys.executable, "-m", f"tinyllm_jax.{name}", *flags]
+        return subprocess.Popen(words, **self.options)
+
+
+@pytest.fixture
+def command(tmp_path: Path, prepared_folder: Path) -> Command:
+    """Give what runs commands in an empty folder."""
+    return Command(tmp_path, prepared_folder)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, prepared_folder: Path) -> Path:
+    """Give a finished run of 20 steps, with checkpoints at 10 and 20; tests only read it."""
+    from tinyllm_jax import train
+
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    flags = ["--max-steps", "20", "--checkpoint.interval_steps", "10", "--out", str(folder)]
+    flags += ["--train.eval_interval_steps", "10"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYLLM_DATA_DIR", str(prepared_folder))
+        assert train.main([*SMALL_RUN, *flags]) == 0
+    return folder
+
+
+@pytest.fixture
+def run_copy(trained_run: Path, tmp_path: Path) -> Path:
+    """Give a copy of the finished run that a test may break."""
+    return Path(shutil.copytree(trained_run, tmp_path / "run", symlinks=True))

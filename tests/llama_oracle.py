@@ -4,9 +4,13 @@ Standard deviation 0.1 and an odd theta and eps: with the usual 0.02 and 10,000 
 or a missing eps hides in the last digits.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
+import jax
 import numpy as np
 
 from tinyllm_jax.config import ModelConfig
@@ -36,9 +40,11 @@ def random_weights(
 ) -> dict[str, np.ndarray]:
     """Draw every weight with this standard deviation, norms around 1."""
     rng = np.random.default_rng(seed)
+    with jax.enable_x64(config.compute_dtype == "float64"):
+        shapes = model_structure(config)[1]
     dtype = np.float64 if config.compute_dtype == "float64" else np.float32
     weights = {}
-    for name, shape in model_structure(config)[1].items():
+    for name, shape in shapes.items():
         noise = std * rng.standard_normal(shape.shape)
         weights[name] = (noise + ("norm" in name)).astype(dtype)
     return weights
@@ -48,6 +54,22 @@ def torch_name(name: str) -> str:
     """Give a weight's name in a Hugging Face state dict."""
     name = name.removesuffix("kernel") + "weight" if name.endswith("kernel") else name
     return name if name.startswith("lm_head") else f"model.{name}"
+
+
+@contextlib.contextmanager
+def torch_in_float64() -> Iterator[None]:
+    """Let transformers compute in float64 where it says float32: norms, angles, softmax and loss.
+
+    Nothing but the rounding changes; without this its own rounding limits a comparison to 1e-7.
+    """
+    import torch
+
+    with (
+        mock.patch.object(torch, "float32", torch.float64),
+        mock.patch.object(torch, "float", torch.float64),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        yield
 
 
 def transformers_llama(config: ModelConfig, weights: dict[str, np.ndarray]) -> Any:

@@ -205,4 +205,6 @@ def test_a_draw_depends_on_seed_sample_number_and_token_number_only() -> None:
 
 
 def test_the_largest_seed_works() -> None:
-    assert draw(jnp.zeros((1, 4)), settings(1, seed=2**32 - 1), jnp.zeros(1, jnp.int32)).shape == (1,)
+    assert draw(jnp.zeros((1, 4)), settings(1, seed=2**32 - 1), jnp.zeros(1, jnp.int32)).shape == (
+        1,
+    )

@@ -105,9 +105,7 @@ def test_the_optimizer_equals_torch_adamw_over_several_steps(max_grad_norm):
         state = optimizer.init(weights)
         for update in range(1, 9):
             gradients = {name: numbers.normal(size=value.shape) for name, value in start.items()}
-            updates, state = optimizer.update(
-                jax.tree.map(jnp.asarray, gradients), state, weights
-            )
+            updates, state = optimizer.update(jax.tree.map(jnp.asarray, gradients), state, weights)
             weights = jax.tree.map(lambda weight, change: weight + change, weights, updates)
             for name, twin in twins.items():
                 twin.grad = torch.tensor(gradients[name])

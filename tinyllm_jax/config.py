@@ -329,7 +329,7 @@ class SamplingConfig:
 class RunConfig:
     """Where the run lives and what it starts from."""
 
-    mode: str = setting("pretrain", "objective", choices=("pretrain",), flag="--mode")
+    mode: str = setting("pretrain", "what is learnt", choices=("pretrain",), flag="--mode")
     out: str = setting("", "run folder; default checkpoints/<mode>_<config>", flag="--out")
     resume: str = setting(
         "", "go on from this run or step folder, exactly; none starts afresh", flag="--resume"

@@ -40,15 +40,15 @@ def setting(
         choices: The only allowed words.
         flag: A short command-line flag beside `--section.key`.
     """
-    metadata = dict(
-        help=help,
-        unit=unit,
-        minimum=minimum,
-        maximum=maximum,
-        above=above,
-        choices=tuple(choices) if choices else None,
-        flag=flag,
-    )
+    metadata = {
+        "help": help,
+        "unit": unit,
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "choices": tuple(choices) if choices else None,
+        "flag": flag,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -55,7 +55,6 @@ def main(words: Sequence[str] | None = None) -> int:
     vocab_size = build(Config, [("", {"model.vocab_size": arguments.vocab_size})]).model.vocab_size
 
     from tinyllm_jax.data.corpus import find_parts, sample_documents
-
     from tinyllm_jax.data.prepare import GROUP_BYTES
     from tinyllm_jax.data.tokenizer import train_tokenizer
 

@@ -87,6 +87,8 @@ def cut(source: Source, data: DataConfig, *, part_bytes: int) -> list[Part]:
     split, path = source.split, source.path
     if path == TOY:
         return cut_toy(split, data, part_bytes=part_bytes)
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: a broken link, or no regular file. Bring the file or remove it.")
     known = file_format(path)
     assert known is not None
     format, compression = known
@@ -219,18 +221,27 @@ def sample_documents(parts: Sequence[Part], data: DataConfig, *, max_bytes: int)
     A larger corpus is sampled evenly: a hash of each document says whether it is taken.
 
     Raises:
-        InputError: as `read_documents`.
+        InputError: as `read_documents`, or there is no document to train on.
     """
     parts = [part for part in parts if part.split != "validation"]
     limit = min(1.0, max_bytes / max(1, sum(part.bytes for part in parts))) * 2**64
-    size = 0
+    counts, training, size = Counts(), 0, 0
     for part in parts:
-        for text in read_documents(part, data, Counts()):
+        for text in read_documents(part, data, counts):
             if part.split == "" and split_of(text, data) != "train":
                 continue
+            training += 1
             if text_hash(text, "sample") >= limit:
                 continue
             size += len(text.encode())
             if size > max_bytes:  # the estimate was low, or the hashes were
                 return
             yield text
+    if not training:
+        raise InputError(
+            f"--data {' '.join(data.paths)}: nothing to train on. Of {counts.documents_read} "
+            f"documents, {counts.bad_records} are broken records, {counts.too_short} are shorter "
+            f"than data.min_document_characters={data.min_document_characters}, "
+            f"{counts.also_in_validation} are validation text too and the rest fell to the "
+            "validation split. Give more text, or check --data.text_field."
+        )

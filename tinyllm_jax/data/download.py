@@ -125,16 +125,25 @@ def fetch_all(host: Host, folder: Path) -> None:
 
 
 def complete_set(folder: Path) -> list[Path]:
-    """List the parquet files of a folder when none of the set is missing, else nothing."""
+    """List the parquet files of a folder when none of the set is missing, else nothing.
+
+    Raises:
+        InputError: there are two sets.
+    """
     files: dict[tuple[str, int], dict[int, Path]] = {}
     for path in sorted(folder.rglob("*.parquet")):
         match = PARQUET_NAME.fullmatch(path.name)
         if match and not any(part.startswith(".") for part in path.relative_to(folder).parts):
             files.setdefault((match[1], int(match[3])), {}).setdefault(int(match[2]), path)
-    complete = [split for split, count in files if set(files[split, count]) == {*range(count)}]
-    if sorted(complete) != ["train", "validation"] or len(files) != 2:
+    complete = sorted(key for key in files if set(files[key]) == {*range(key[1])})
+    if len(complete) > len({split for split, _ in complete}):
+        raise InputError(
+            f"{folder}: holds parquet files of two sets ({complete}). Delete the one that you do "
+            "not want."
+        )
+    if [split for split, _ in complete] != ["train", "validation"]:
         return []
-    return sorted(path for paths in files.values() for path in paths.values())
+    return sorted(path for key in complete for path in files[key].values())
 
 
 def list_files(host: Host) -> list[RemoteFile]:

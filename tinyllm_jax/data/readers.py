@@ -156,7 +156,7 @@ def read_jsonl(
                     raise BadRecord(
                         f"a line of more than {MAX_DOCUMENT_BYTES >> 20} MiB. Cut its document"
                     )
-                if not line.isspace():
+                if line.strip():
                     yield text_field(line, field, offset=offset)
             except BadRecord as error:
                 on_bad(

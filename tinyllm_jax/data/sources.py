@@ -120,13 +120,13 @@ def find_files(words: Sequence[str], data: DataConfig, *, flag: str) -> list[Fou
     Raises:
         InputError: a word stands for nothing that can be read; `flag` names the setting.
     """
-    files: dict[str, Found] = {}
+    files: dict[str, list[Found]] = {}
     for word in words:
         for found in expand(word, data, flag=flag):
-            real = os.path.realpath(found.path)
-            if real not in files or found.explicit:
-                files[real] = found
-    return list(files.values())
+            files.setdefault(os.path.realpath(found.path), []).append(found)
+    return [
+        min(same, key=lambda found: (not found.explicit, found.path)) for same in files.values()
+    ]
 
 
 def expand(word: str, data: DataConfig, *, flag: str) -> list[Found]:
@@ -167,7 +167,12 @@ def walk(path: str) -> Iterator[str]:
     if not os.path.isdir(path):
         yield path
         return
-    for folder, folders, names in os.walk(path):
+    seen = set()  # a link may lead back to a folder above
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith("."):

@@ -93,7 +93,7 @@ class Generator:
         Raises:
             InputError: a prompt is empty, fills the context, or holds an id that the model lacks.
         """
-        self._check(prompts, slide=sampling.slide)
+        self.check(prompts, slide=sampling.slide)
         samples, limit = sampling.num_samples, self.config.max_position_embeddings
         new: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
         ended = [""] * len(new)
@@ -132,7 +132,8 @@ class Generator:
         rows = [Continuation(np.array(t, np.int32), e) for t, e in zip(new, ended, strict=True)]
         return [rows[start : start + samples] for start in range(0, len(rows), samples)]
 
-    def _check(self, prompts: Sequence[Sequence[int]], *, slide: bool) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], *, slide: bool) -> None:
+        """Raise an `InputError` for a prompt that cannot be continued."""
         limit, vocab = self.config.max_position_embeddings, self.config.vocab_size
         for prompt in prompts:
             if len(prompt) == 0:
@@ -211,29 +212,25 @@ def row_settings(sampling: SamplingConfig, *, rows: int) -> RowSettings:
 
 
 def read_prompts(
-    model: Transformer, tokens: Int[Array, "prompts width"], lengths: Int[Array, "prompts"]
-) -> tuple[Array, tuple[LayerCache, ...]]:
-    """Give the logits after each right-padded prompt and the cache of all of it.
+    model: Transformer, tokens: Int[Array, "prompts width"], *, slots: int
+) -> tuple[LayerCache, ...]:
+    """Give the cache of right-padded prompts, with `slots` slots.
 
     Padding leaves garbage in the slots after a prompt; each is overwritten by the token of its
     position before any query sees it.
     """
-    config = model.config
-    cache = empty_cache(
-        config, batch=tokens.shape[0], slots=tokens.shape[1], dtype=compute_dtype(config)
-    )
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    hidden, cache = model.hidden(tokens, positions, cache=cache)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    assert cache is not None
-    return model.logits(last)[:, 0], cache
+    config, (prompts, width) = model.config, tokens.shape
+    cache = empty_cache(config, batch=prompts, slots=width, dtype=compute_dtype(config))
+    positions = jnp.broadcast_to(jnp.arange(width)[None], tokens.shape)
+    _, cache = model.hidden(tokens, positions, cache=cache)
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, slots - width), (0, 0), (0, 0))), cache)
 
 
 class _Rows(NamedTuple):
     """What the loop carries: rows in the middle of their continuation."""
 
     step: Array  # new tokens of rows that still go on
-    token: Int[Array, "rows"]  # the newest, not read yet
+    token: Int[Array, "rows"]  # the last of each text
     cache: tuple[LayerCache, ...]
     present: Bool[Array, "rows vocab"]
     found: Int[Array, "rows slots"]
@@ -262,24 +259,30 @@ def _continue_rows(
     model = merge_weights(
         structure, {name: w.astype(compute_dtype(config)) for name, w in weights.items()}
     )
-    logits, cache = read_prompts(model, tokens, lengths)
-    more = ((0, 0), (0, slots - tokens.shape[1]), (0, 0), (0, 0))
-    cache = jax.tree.map(lambda x: jnp.repeat(jnp.pad(x, more), samples, axis=0), cache)
-    logits, lengths = (jnp.repeat(x, samples, axis=0) for x in (logits, lengths))
+    cache = read_prompts(model, tokens, slots=slots)
+    cache = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), cache)
+    last = jnp.take_along_axis(tokens, (lengths - 1)[:, None], axis=1)[:, 0]
+    last, lengths = (jnp.repeat(x, samples, axis=0) for x in (last, lengths))
     count = lengths.shape[0]
     every_row = jnp.arange(count)
 
-    def draw(rows: _Rows, logits: Array) -> _Rows:
+    def read_and_draw(rows: _Rows) -> _Rows:
+        # At step 0 this reads the last token of the prompt once more, which spares a second copy
+        # of the head and the sampler in the program and half of its compilation.
+        positions = (lengths - 1 + rows.step)[:, None]
+        hidden, cache = model.hidden(rows.token[:, None], positions, cache=rows.cache)
+        assert cache is not None
         token = next_tokens(
-            logits,
+            model.logits(hidden)[:, 0],
             present=rows.present,
             settings=settings,
             token_number=token_numbers + rows.step,
         )
         met_eos = ~rows.done & (token == eos_id)
-        return rows._replace(
+        return _Rows(
             step=rows.step + 1,
             token=token,
+            cache=cache,
             present=rows.present.at[every_row, token].set(True),
             found=rows.found.at[:, rows.step].set(token),
             counts=rows.counts + ~rows.done,
@@ -287,15 +290,9 @@ def _continue_rows(
             met_eos=rows.met_eos | met_eos,
         )
 
-    def read_and_draw(rows: _Rows) -> _Rows:
-        positions = (lengths + rows.step - 1)[:, None]
-        hidden, cache = model.hidden(rows.token[:, None], positions, cache=rows.cache)
-        assert cache is not None
-        return draw(rows._replace(cache=cache), model.logits(hidden)[:, 0])
-
     start = _Rows(
         step=jnp.zeros((), jnp.int32),
-        token=jnp.zeros(count, jnp.int32),
+        token=last,
         cache=cache,
         present=present,
         found=jnp.zeros((count, slots), jnp.int32),
@@ -303,5 +300,5 @@ def _continue_rows(
         done=budgets <= 0,
         met_eos=jnp.zeros(count, bool),
     )
-    rows = jax.lax.while_loop(lambda rows: ~rows.done.all(), read_and_draw, draw(start, logits))
+    rows = jax.lax.while_loop(lambda rows: ~rows.done.all(), read_and_draw, start)
     return rows.found, rows.counts, rows.met_eos

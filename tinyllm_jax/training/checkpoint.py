@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -87,7 +88,10 @@ def save_checkpoint(
             "nonfinite_streak": state.nonfinite_streak,
         }
         with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save((partial / "state").absolute(), args=ocp.args.PyTreeSave(tree))
+            try:
+                checkpointer.save((partial / "state").absolute(), args=ocp.args.PyTreeSave(tree))
+            except ValueError as error:
+                raise _as_os_error(error, path=partial) from error
         meta = {
             "format": FORMAT,
             "step": step,
@@ -224,6 +228,15 @@ def _quiet_orbax() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def _as_os_error(error: ValueError, *, path: Path) -> Exception:
+    """Turn TensorStore's words for a failure of the disk into the exception that Python has."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    if found is None:
+        return error
+    code = int(found[1])
+    return OSError(code, os.strerror(code), str(path))
 
 
 def _files_below(folder: Path) -> list[str]:

@@ -86,7 +86,8 @@ def plot_svg(rows: Sequence[Mapping[str, Any]]) -> str:
     # Text stays text: it can be selected, and the page's font draws it.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "tinyllm"}):
         file = io.StringIO()
-        draw_losses(rows).savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        metadata = dict.fromkeys(["Creator", "Date", "Format", "Type"])
+        draw_losses(rows).savefig(file, format="svg", transparent=True, metadata=metadata)
     drawing = file.getvalue()
     return drawing[drawing.index("<svg") :]
 

@@ -77,9 +77,7 @@ def find_start(
     resume = str(overrides.get("run.resume", ""))
     if preset is None and resume not in ("", "none"):
         resumed = read_checkpoint(find_checkpoint(Path(resume), on_damaged=say))
-        kept = flatten(config_to_table(resumed.config))
-        kept = {key: value for key, value in kept.items() if not key.startswith("run.")}
-        config = build(Config, [(str(resumed.folder), kept), ("", overrides)], problems)
+        config = settings_of(resumed, overrides, problems)
     else:
         resumed = None
         config = load_config(preset or DEFAULT_PRESET, overrides, problems)
@@ -102,6 +100,19 @@ def find_start(
         check_resume(resumed, config, folder)
         say_changes(resumed, config, say=say)
     return Start(config, folder, resumed, initial)
+
+
+def settings_of(
+    checkpoint: Checkpoint, overrides: Mapping[str, Any], problems: Sequence[str]
+) -> Config:
+    """Take the settings that a checkpoint was trained with, but where it lay, and put others over.
+
+    Raises:
+        InputError: every problem found, one a line.
+    """
+    kept = flatten(config_to_table(checkpoint.config))
+    kept = {key: value for key, value in kept.items() if not key.startswith("run.")}
+    return build(Config, [(str(checkpoint.folder), kept), ("", overrides)], problems)
 
 
 def changes(checkpoint: Checkpoint, config: Config) -> dict[str, tuple[Any, Any]]:

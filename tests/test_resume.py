@@ -1,0 +1,218 @@
+"""Exact resume: a run that is killed and goes on is bitwise the run that never was."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL_RUN
+
+from tinyllm_jax import train
+from tinyllm_jax.config import TokenizerConfig
+from tinyllm_jax.data.tokenizer import train_tokenizer
+from tinyllm_jax.data.toy_stories import generate_stories
+from tinyllm_jax.training.checkpoint import find_checkpoint, read_checkpoint
+from tinyllm_jax.training.metrics import read_metrics
+
+# Checkpoints away from evaluations and from writes of the metrics file.
+INTERVALS = ["--checkpoint.interval_steps", "28", "--train.eval_interval_steps", "50"]
+VARIANTS = {
+    "plain": [],
+    "accumulation and dropout": [
+        *("--train.gradient_accumulation_steps", "3"),
+        *("--model.residual_dropout", "0.1"),
+        *("--model.attention_dropout", "0.1"),
+        *("--model.embedding_dropout", "0.1"),
+        *("--model.mlp_dropout", "0.1"),
+    ],
+    "stream": ["--data.packing", "stream"],
+}
+
+
+@pytest.fixture(autouse=True)
+def one_data_folder(monkeypatch, prepared_folder):
+    monkeypatch.setenv("TINYLLM_DATA_DIR", str(prepared_folder))
+
+
+def reproducible(run: Path, *, after: int = 0) -> list[dict]:
+    """Read the metrics that hold no clock."""
+    rows = read_metrics(run / "metrics.jsonl")
+    return [row for row in rows if row["kind"] != "speed" and row["step"] > after]
+
+
+def assert_same_run(actual: Path, expected: Path, *, step: int) -> None:
+    """Compare weights, moments, counters and metrics bit by bit."""
+    left, right = (read_checkpoint(run / "checkpoints" / str(step)) for run in (actual, expected))
+    assert (left.step, int(left.moments.count)) == (right.step, int(right.moments.count))
+    assert left.best == right.best
+    for one, other in (
+        (left.weights, right.weights),
+        (left.moments.first, right.moments.first),
+        (left.moments.second, right.moments.second),
+    ):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+    assert reproducible(actual) == reproducible(expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_stopped_at_90_and_resumed_is_bitwise_the_run_of_200_steps(
+    variant, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    flags = [*SMALL_RUN, *INTERVALS, *VARIANTS[variant]]
+    assert train.main([*flags, "--max-steps", "200", "--out", "whole"]) == 0
+    stopped_at = stop_at(90, monkeypatch)
+    code = train.main([*flags, "--max-steps", "200", "--out", "parts"])
+    assert code == 128 + signal.SIGTERM
+    assert find_checkpoint(Path("parts"), on_damaged=pytest.fail).name == "90"
+    stopped_at.undo()
+    assert train.main(["--resume", "parts"]) == 0
+    steps = [row["step"] for row in reproducible(Path("parts")) if row["kind"] == "train"]
+    assert steps == list(range(1, 201))
+    assert_same_run(Path("parts"), Path("whole"), step=200)
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Send this process a SIGTERM when the bar reaches a step."""
+    from tinyllm_jax.training.progress import Progress
+
+    patch = pytest.MonkeyPatch()
+    advance = Progress.advance
+
+    def advance_and_stop(self: Progress, now: int) -> None:
+        advance(self, now)
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    patch.setattr(Progress, "advance", advance_and_stop)
+    return patch
+
+
+@pytest.mark.slow
+def test_runs_killed_with_sigkill_also_during_a_save_resume_bitwise(tmp_path, monkeypatch, command):
+    """Kill after a checkpoint, twice while one is half on the disk, and once more."""
+    monkeypatch.chdir(tmp_path)
+    flags = [*SMALL_RUN, *VARIANTS["accumulation and dropout"], "--max-steps", "60"]
+    flags += ["--checkpoint.interval_steps", "7", "--train.eval_interval_steps", "10"]
+    assert train.main([*flags, "--out", "whole"]) == 0
+    checkpoints = tmp_path / "parts/checkpoints"
+    kills = {
+        "a finished checkpoint": "[0-9]*/checksums.json",
+        "arrays half written": ".*.partial/state*",
+        "files without checksums": ".*.partial/meta.json",
+        "another finished checkpoint": "[0-9]*/checksums.json",
+    }
+    for pattern in kills.values():
+        before = set(checkpoints.glob(pattern))  # what an earlier process left
+        process = command.start("train", *flags, "--out", "parts", "--auto-resume")
+        kill_when(process, lambda p=pattern, b=before: set(checkpoints.glob(p)) - b)
+    assert train.main([*flags, "--out", "parts", "--auto-resume"]) == 0
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", step=60)
+    assert not list(checkpoints.glob(".*"))
+
+
+def kill_when(process: subprocess.Popen[str], condition: Callable[[], object]) -> None:
+    """Send SIGKILL at the moment that something holds."""
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
+    run_copy, tmp_path, capsys
+):
+    whole = tmp_path / "whole"
+    run_copy.rename(whole)
+    shutil.copytree(whole, run_copy, symlinks=True)
+    weights = next((run_copy / "checkpoints/20/state").rglob("ocdbt.process_0/d/*"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert train.main(["--resume", str(run_copy)]) == 0
+    printed = capsys.readouterr().err
+    assert "20: damaged checkpoint (state/ocdbt.process_0/d/" in printed
+    assert "exactly where step 10 ended" in printed
+    assert_same_run(run_copy, whole, step=20)
+    assert (run_copy / "checkpoints/20.damaged").is_dir()
+
+
+def test_a_finished_run_says_so_and_more_steps_go_on(run_copy, capsys):
+    assert train.main(["--resume", str(run_copy)]) == 0
+    assert "the run is finished at step 20" in capsys.readouterr().err
+    before = reproducible(run_copy)
+    assert train.main(["--resume", str(run_copy), "--max-steps", "23"]) == 0
+    printed = capsys.readouterr().err
+    assert "note: train.max_steps was 20 and is 23 from step 20 on." in printed
+    assert reproducible(run_copy)[: len(before)] == before
+    steps = [row["step"] for row in reproducible(run_copy) if row["kind"] == "train"]
+    assert steps == list(range(1, 24))
+
+
+def test_a_resumed_run_can_branch_off_from_an_older_checkpoint(run_copy, tmp_path, capsys):
+    older = run_copy / "checkpoints/10"
+    with pytest.raises(ValueError, match=r"20 is newer.*--out NEW to branch off"):
+        train.main(["--resume", str(older)])
+    branch = tmp_path / "branch"
+    assert train.main(["--resume", str(older), "--out", str(branch)]) == 0
+    assert_same_run(branch, run_copy, step=20)
+
+
+def test_a_fresh_start_sets_an_earlier_run_aside(run_copy, prepared_folder):
+    flags = [*SMALL_RUN, "--max-steps", "2", "--out", str(run_copy)]
+    before = reproducible(run_copy)
+    assert train.main(flags) == 0
+    assert train.main([*flags, "--resume", "none"]) == 0
+    assert reproducible(Path(f"{run_copy}.1")) == before
+    assert len([row for row in reproducible(Path(f"{run_copy}.2")) if row["kind"] == "train"]) == 2
+
+
+def test_weights_of_another_run_start_a_new_one_from_step_0(run_copy, tmp_path):
+    out = tmp_path / "fine"
+    flags = ["--init-from", str(run_copy), "--max-steps", "1", "--learning-rate", "1e-12"]
+    flags += ["--optimizer.min_learning_rate", "0"]
+    assert train.main([*SMALL_RUN, *flags, "--out", str(out)]) == 0
+    new, old = read_checkpoint(out / "checkpoints/1"), read_checkpoint(run_copy / "best")
+    assert int(new.moments.count) == 1
+    assert new.tokenizer_hash == old.tokenizer_hash
+    newest_weights = read_checkpoint(run_copy / "checkpoints/20").weights
+    for name, weight in new.weights.items():
+        np.testing.assert_allclose(weight, newest_weights[name], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--config", "tiny", "--model.hidden_size", "64"],
+            r"written with .*model.hidden_size=32 \(this run has 64\).*Use .*--model.hidden_size 32",
+        ),
+        (["--model.rope_theta", "777"], r"model.rope_theta=10000.0 \(this run has 777.0\)"),
+        (["--data.toy_seed", "5"], r"trained on the data [0-9a-f]{64}, and these are [0-9a-f]{64}"),
+        (["--retrain-tokenizer"], "would change what its ids mean"),
+    ],
+)
+def test_what_does_not_fit_the_checkpoint_is_refused(run_copy, flags, message):
+    before = sorted(path.name for path in run_copy.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        train.main(["--resume", str(run_copy), "--max-steps", "30", *flags])
+    assert sorted(path.name for path in run_copy.rglob("*")) == before
+
+
+def test_another_tokenizer_is_refused_with_both_hashes(run_copy, tmp_path, prepared_folder):
+    stories = generate_stories(seed=9, start=0, stop=300)
+    other = train_tokenizer(stories, config=TokenizerConfig(), vocab_size=512)
+    path = other.save(tmp_path / "other")
+    expected = read_checkpoint(run_copy / "best").tokenizer_hash
+    with pytest.raises(
+        ValueError, match=f"made with the tokenizer {expected}, this one is {other.hash}"
+    ):
+        train.main(["--resume", str(run_copy), "--max-steps", "30", "--tokenizer.path", str(path)])

@@ -1,0 +1,182 @@
+"""See what training sees: `python -m tinyllm_jax.inspect --config tiny --prompt "Once upon a time"`.
+
+Prints the device, the first batch as text and numbers, every weight, one optimizer step layer by
+layer, and a continuation of the prompt; trains nothing and writes no run.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyllm_jax.cli import run
+from tinyllm_jax.config import Config, load_config, preset_names
+from tinyllm_jax.settings import Parser, add_flags, parse_flags
+from tinyllm_jax.train import make_sampler, say, set_up_jax
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tinyllm_jax.data.tokenizer import Tokenizer
+    from tinyllm_jax.training.checkpoint import Checkpoint
+    from tinyllm_jax.training.loop import Objective
+
+# Tokens of a row that are shown one by one.
+SHOWN_TOKENS = 24
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Look at what the command line describes; the report goes to stdout."""
+    config, checkpoint = read_command(words)
+    set_up_jax(config)
+    from tinyllm_jax.data.prepare import prepare
+    from tinyllm_jax.model.weights import initial_weights
+    from tinyllm_jax.objectives.pretrain import make_pretraining
+    from tinyllm_jax.training.step import new_state
+
+    show_device(config)
+    prepared = prepare(config, progress=sys.stderr.isatty())
+    objective = make_pretraining(config, prepared)
+    show_batch(objective.train_batch(0), prepared.tokenizer)
+    weights = initial_weights(config.model, seed=config.train.seed)
+    if checkpoint:
+        weights = dict(checkpoint.weights)
+    show_parameters(config, weights)
+    show_step(config, objective, new_state(config, weights))
+    heading(f"Continuation of {config.sampling.prompt!r}")
+    if not checkpoint:
+        print("(untrained, it knows no words yet; --checkpoint RUN shows a trained model)")
+    print(make_sampler(config, prepared.tokenizer)(weights))
+    return 0
+
+
+def read_command(words: Sequence[str] | None) -> "tuple[Config, Checkpoint | None]":
+    """Read the command line as settings and the checkpoint that gives the weights, if any."""
+    parser = Parser(
+        prog="python -m tinyllm_jax.inspect",
+        description="Show the first batch, the weights, one optimizer step and a continuation.",
+        epilog=f"Presets: {', '.join(preset_names())}. Takes the flags of tinyllm_jax.train.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="NAME|FILE.toml", help="preset or file (default tiny)")
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", help="run or step folder whose weights and settings to show"
+    )
+    add_flags(parser, Config)
+    arguments, overrides, problems = parse_flags(parser, Config, words)
+    if not arguments.checkpoint:
+        return load_config(arguments.config or "tiny", overrides, problems), None
+    if arguments.config:
+        problems.append("--checkpoint and --config are both given. Leave one of them out.")
+    from tinyllm_jax.training.checkpoint import find_checkpoint, read_checkpoint
+    from tinyllm_jax.training.start import check_model, settings_of
+
+    path = Path(arguments.checkpoint)
+    checkpoint = read_checkpoint(find_checkpoint(path, on_damaged=say))
+    overrides.setdefault("tokenizer.path", str(checkpoint.folder))
+    config = settings_of(checkpoint, overrides, problems)
+    check_model(checkpoint, config)
+    return config, checkpoint
+
+
+def heading(text: str) -> None:
+    """Begin a part of the report."""
+    print(f"\n== {text}")
+
+
+def show_device(config: Config) -> None:
+    """Show where it runs and in which precision."""
+    import jax
+
+    from tinyllm_jax.model.attention import choose_implementation
+    from tinyllm_jax.model.transformer import compute_dtype, parameter_dtype
+    from tinyllm_jax.training.devices import peak_flops
+
+    heading("Device")
+    for device in jax.devices():
+        print(f"{device.platform}: {device.device_kind}, number {device.id}")
+    dtype = compute_dtype(config.model)
+    kernel = choose_implementation(
+        config.model.attention, dtype, dropout_rate=config.model.attention_dropout
+    )
+    print(f"activations {dtype.name}, weights {parameter_dtype(config.model).name}, "
+          f"attention {kernel}, peak {peak_flops() / 1e12:.3g} TFLOP/s")  # fmt: skip
+
+
+def show_batch(batch: "dict[str, np.ndarray]", tokenizer: "Tokenizer") -> None:
+    """Show the first batch: shapes, the first row as text, and its first tokens in every array."""
+    heading("First batch")
+    for name, array in batch.items():
+        print(f"{name:<12} {array.dtype!s:<6} {list(array.shape)}")
+    print(f"{int(batch['loss_mask'].sum()):,} of {batch['loss_mask'].size:,} places have a target")
+    row = batch["tokens"][0]
+    print(f"\nrow 0 as text:\n{join_documents(row.tolist(), tokenizer)}")
+    names = list(batch)
+    print("\n" + "  ".join(f"{name:>12}" for name in ["place", "text", *names]))
+    for place in range(min(SHOWN_TOKENS, len(row))):
+        cells = [str(place), repr(tokenizer.token_text(int(row[place])))]
+        cells += [str(array[0, place]) for array in batch.values()]
+        print("  ".join(f"{cell:>12}" for cell in cells))
+
+
+def join_documents(ids: list[int], tokenizer: "Tokenizer") -> str:
+    """Decode a row document by document, with the borders between them marked."""
+    texts, start = [], 0
+    for place, token in enumerate([*ids, tokenizer.eos_id]):
+        if token == tokenizer.eos_id:
+            texts.append(tokenizer.decode(ids[start:place]))
+            start = place + 1
+    return "\n  -- end of document --\n".join(text for text in texts if text)
+
+
+def show_parameters(config: Config, weights: dict[str, Any]) -> None:
+    """List every weight with shape, size and spread."""
+    import numpy as np
+
+    from tinyllm_jax.model.weights import count_parameters, flops_per_token
+
+    heading("Weights")
+    print(f"{'name':<44} {'shape':>14} {'parameters':>12} {'std':>9}")
+    for name, weight in weights.items():
+        shape = " x ".join(map(str, weight.shape))
+        print(f"{name:<44} {shape:>14} {weight.size:>12,} {np.std(weight):>9.4f}")
+    total, outside = count_parameters(config.model)
+    flops = flops_per_token(config.model, sequence_length=config.data.sequence_length)
+    print(f"{total:,} parameters, {outside:,} without the embedding")
+    print(f"{flops / 1e6:,.2f} MFLOP to train on one token")
+
+
+def show_step(config: Config, objective: "Objective", state: Any) -> None:
+    """Take one optimizer step and show the norms of gradient and change, weight by weight."""
+    import jax
+    import numpy as np
+
+    from tinyllm_jax.model.weights import merge_weights, model_structure
+    from tinyllm_jax.training.step import make_train_step
+
+    structure, _ = model_structure(config.model)
+    batch = objective.train_batch(0)
+    step = jax.jit(make_train_step(config, structure, objective.loss_sum, objective.loss_weight))
+    after, numbers = step(state, batch)
+
+    def mean_loss(weights: Any) -> Any:
+        model = merge_weights(structure, weights)
+        return objective.loss_sum(model, batch, None) / objective.loss_weight(batch)  # type: ignore[arg-type]
+
+    gradients = jax.jit(jax.grad(mean_loss))(state.weights)
+    heading("One optimizer step")
+    print(f"loss {float(numbers['loss']):.4f} nats per token (a uniform guess has "
+          f"{np.log(config.model.vocab_size):.4f}), gradient norm "
+          f"{float(numbers['grad_norm']):.4f}, learning rate "
+          f"{float(numbers['learning_rate']):.2e}")  # fmt: skip
+    print(f"{'name':<44} {'|weight|':>10} {'|gradient|':>10} {'|change|':>10} {'ratio':>9}")
+    for name, weight in state.weights.items():
+        size = np.linalg.norm(weight)
+        change = np.linalg.norm(np.asarray(after.weights[name]) - np.asarray(weight))
+        print(f"{name:<44} {size:>10.4f} {np.linalg.norm(gradients[name]):>10.2e} "
+              f"{change:>10.2e} {change / size:>9.1e}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)

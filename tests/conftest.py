@@ -37,9 +37,12 @@ SMALL_RUN = [
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make a forgotten broadcast an error: arrays of different rank never meet silently."""
+    """Check the shapes in signatures, and let arrays of different rank never meet silently."""
     import jax
+    from jaxtyping import install_import_hook
 
+    rooms = ["data", "model", "training", "objectives", "inference"]
+    install_import_hook([f"tinyllm_jax.{room}" for room in rooms], "shape_checks.checked")
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

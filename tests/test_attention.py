@@ -112,7 +112,7 @@ def test_segments_see_their_own_past_only() -> None:
 
 
 def test_attention_dropout_keeps_the_mean_and_needs_a_key() -> None:
-    query, key, value = inputs(heads=2, kv_heads=2, queries=4, keys=4)
+    query, key, value = map(jnp.asarray, inputs(heads=2, kv_heads=2, queries=4, keys=4))
 
     @jax.jit
     def attend(dropout_key: jax.Array) -> jax.Array:
@@ -127,7 +127,9 @@ def test_attention_dropout_keeps_the_mean_and_needs_a_key() -> None:
         )
 
     plain = attention(
-        *map(jnp.asarray, (query, key, value)),
+        query,
+        key,
+        value,
         mask=None,
         implementation="xla",
         dropout_rate=0.3,

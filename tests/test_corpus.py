@@ -309,6 +309,14 @@ def test_a_document_that_never_ends_is_refused_or_left_out(tmp_path, monkeypatch
             assert (texts, counts.documents_read, counts.bad_records) == (good, 3, 1)
 
 
+def test_a_separator_that_ends_a_giant_document_may_be_cut_in_two(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 30)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 16)
+    for length in range(60, 80):
+        path = write(tmp_path / "a.txt", plain(["x" * length, "a good old story"]))
+        assert read(config(path, on_bad_record="skip"))[0] == ["a good old story"]
+
+
 def cut_off(path: Path) -> Path:
     path.write_bytes(path.read_bytes()[:-20])
     return path
@@ -474,13 +482,13 @@ def test_text_of_validation_files_is_not_trained_on_where_training_files_hold_it
     held_out = STORIES[100:140]
     copies = [f"\n {held_out[0]}  ", *held_out[1:10]]
     write_stories(tmp_path / "train-0.jsonl", STORIES[:100] + copies)
-    path = write_stories(tmp_path / "validation-0.parquet", held_out)
+    path = write_stories(tmp_path / "validation-0.jsonl", held_out)
     data = config(tmp_path)
     assert by_split(data) == {"train": STORIES[:100], "validation": held_out}
     assert read(data)[1].also_in_validation == 10
     assert list(sample_documents(find_parts(data), data, max_bytes=10**9)) == STORIES[:100]
-    write_stories(path, held_out[10:])
-    os.utime(path, ns=(1, 1))
+    write_stories(path, [text.replace("a dog", "a cow") for text in held_out])
+    os.utime(path, ns=(1, 1))  # the same size, at another time
     assert read(data)[1].also_in_validation == 0
 
 
@@ -557,7 +565,7 @@ from tinyllm_jax.data.corpus import Counts, find_parts, read_documents
 import tinyllm_jax.data.parquet
 # Not ru_maxrss, which begins with the peak of the process that started this one.
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
-data = DataConfig(paths=(sys.argv[1],))
+data = DataConfig(paths=(sys.argv[1],), on_bad_record="skip")
 before = peak()
 counts, size = Counts(), 0
 for part in find_parts(data):
@@ -565,6 +573,16 @@ for part in find_parts(data):
         size += len(text)
 print(peak() - before, size, counts.documents_read)
 """
+
+
+def measure(path: Path) -> tuple[float, float, float]:
+    """Read a corpus in a process of its own: (growth in MiB, characters, documents read)."""
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    grown, size, documents = map(float, result.stdout.split())
+    return grown, size, documents
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -583,11 +601,22 @@ def test_300_megabytes_are_read_in_flat_memory(tmp_path, name):
         with path.open("wb") as file:
             for _ in range(repeats):
                 file.write(block)
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    grown, size, documents = map(float, result.stdout.split())
+    grown, size, documents = measure(path)
     assert documents == 3000 * repeats
     assert size == sum(map(len, stories)) * repeats > 290e6
-    assert grown < 150  # MiB
+    assert grown < 150
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.txt.zst"])
+def test_300_megabytes_without_an_end_are_left_out_in_flat_memory(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"")
+    os.truncate(path, 300 << 20)
+    if name.endswith(".zst"):
+        with path.open("wb") as file, zstandard.ZstdCompressor().stream_writer(file) as packed:
+            for _ in range(300):
+                packed.write(bytes(1 << 20))
+    grown, size, documents = measure(path)
+    assert (size, documents) == (0, 1)
+    assert grown < 150

@@ -214,9 +214,13 @@ def test_a_host_that_sends_from_the_start_again_is_understood(hub, folder, waits
     hub.patience = 100_000
     with pytest.raises(InputError):
         download_tinystories(config("huggingface"))
-    hub.patience, hub.ignores_range = -1, True
+    hub.ignores_range = True
+    with pytest.raises(InputError):  # rather than to begin for ever
+        download_tinystories(config("huggingface"))
+    hub.patience, hub.sent = -1, dict.fromkeys(hub.files, 0)
     paths = download_tinystories(config("huggingface"))
     assert contents(paths) == {name: hub.files[name] for name in NAMES}
+    assert hub.sent[NAMES[0]] == len(hub.files[NAMES[0]])
 
 
 @pytest.mark.parametrize("source", SOURCES)

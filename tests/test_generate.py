@@ -12,7 +12,14 @@ from llama_oracle import SMALL, changed, random_weights, transformers_llama
 
 from tinyllm_jax.config import SamplingConfig
 from tinyllm_jax.errors import InputError
-from tinyllm_jax.inference.generate import SMALLEST_BUCKET, Generator, bucket, read_prompts
+from tinyllm_jax.inference.generate import (
+    SMALLEST_BUCKET,
+    Generator,
+    bucket,
+    read_prompts,
+    row_settings,
+)
+from tinyllm_jax.inference.sampling import next_tokens
 from tinyllm_jax.model.kv_cache import empty_cache
 from tinyllm_jax.model.weights import merge_weights, model_structure
 
@@ -70,7 +77,7 @@ def test_cached_logits_equal_uncached_ones(kv_heads: int, dtype: str, tolerance:
 
         @jax.jit
         def uncached(weights: Any) -> jax.Array:
-            return merge_weights(structure, weights)(tokens)
+            return merge_weights(structure, weights)(jnp.asarray(tokens))
 
         @jax.jit
         def step(weights: Any, token: Any, position: Any, cache: Any) -> Any:
@@ -117,6 +124,25 @@ def test_greedy_tokens_equal_an_uncached_loop(
         text.append(int(next_logits(text).argmax()))
     assert actual == text[len(PROMPTS[0]) :]
     assert len(set(actual)) > 15, "a text this monotonous could hide an error"
+
+
+def test_drawn_tokens_equal_an_uncached_loop(
+    generator: Generator, weights: Weights, next_logits: Callable[[list[int]], np.ndarray]
+) -> None:
+    sampling = dataclasses.replace(DRAWN, top_k=30, repetition_penalty=1.1, seed=11)
+    (actual,) = token_lists(generator.generate(weights, PROMPTS[:1], sampling=sampling, eos_id=-1))
+    settings, pick = row_settings(sampling, rows=1), jax.jit(next_tokens)
+    text = list(PROMPTS[0])
+    for number in range(80):
+        present = np.isin(np.arange(CONFIG.vocab_size), text)[None]
+        token = pick(
+            next_logits(text)[None],
+            present=present,
+            settings=settings,
+            token_number=np.array([number], np.int32),
+        )
+        text.append(int(token[0]))
+    assert actual == text[len(PROMPTS[0]) :]
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.4])

@@ -74,7 +74,7 @@ def test_logits_and_gradients_equal_transformers(shape: str) -> None:
         structure, _ = model_structure(config)
 
         def loss(weights: Any) -> tuple[jax.Array, jax.Array]:
-            logits = merge_weights(structure, weights)(TOKENS)
+            logits = merge_weights(structure, weights)(jnp.asarray(TOKENS))
             log_probs = jax.nn.log_softmax(logits[:, :-1])
             picked = jnp.take_along_axis(log_probs, TOKENS[:, 1:, None], axis=-1)
             return -picked.mean(), logits
@@ -106,7 +106,8 @@ def gradient_by_token(config: ModelConfig, *inputs: np.ndarray) -> np.ndarray:
     table = "embed_tokens.weight"
 
     def summed(embedding: jax.Array) -> jax.Array:
-        return merge_weights(structure, {**weights, table: embedding})(*inputs)[0].sum(axis=-1)
+        model = merge_weights(structure, {**weights, table: embedding})
+        return model(*map(jnp.asarray, inputs))[0].sum(axis=-1)
 
     rows = jax.jit(jax.jacrev(summed))(weights[table])[:, inputs[0][0]]
     return np.abs(np.asarray(rows)).max(axis=-1)
@@ -345,7 +346,7 @@ def forward_with_dropout(config: ModelConfig) -> Any:
     structure, _ = model_structure(config)
 
     def forward(weights: Any) -> jax.Array:
-        return merge_weights(structure, weights)(TOKENS, dropout_key=jax.random.key(0))
+        return merge_weights(structure, weights)(jnp.asarray(TOKENS), dropout_key=jax.random.key(0))
 
     return forward
 

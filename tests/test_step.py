@@ -158,7 +158,7 @@ def test_the_loss_of_a_step_is_the_mean_over_unmasked_targets():
     weights = initial_weights(config.model, seed=0)
     structure, _ = model_structure(config.model)
     _, numbers = stepper(config)(new_state(config, weights), batch)
-    logits = jax.jit(lambda w: merge_weights(structure, w)(batch["tokens"]))(weights)
+    logits = jax.jit(lambda w: merge_weights(structure, w)(jnp.asarray(batch["tokens"])))(weights)
     log_probs = np.asarray(jax.nn.log_softmax(logits))
     chosen = np.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0]
     expected = -chosen[batch["loss_mask"]].mean()

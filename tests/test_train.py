@@ -58,7 +58,7 @@ def test_a_run_leaves_everything_that_is_promised(trained_run):
     assert [row["step"] for row in looks] == [10, 20]
     assert looks[1]["loss"] < looks[0]["loss"]
     expected = looks[1]["bits_per_byte"] / looks[1]["entropy_floor_bits_per_byte"] - 1
-    assert looks[1]["above_floor"] == pytest.approx(expected)
+    assert looks[1]["above_floor_share"] == pytest.approx(expected)
     assert [row["step"] for row in rows if row["kind"] == "sample"] == [10, 20]
     speeds = [row for row in rows if row["kind"] == "speed"]
     assert all(0 <= row["data_wait_share"] < 1 for row in speeds)

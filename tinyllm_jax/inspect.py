@@ -160,11 +160,11 @@ def show_step(config: Config, objective: "Objective", state: Any) -> None:
     step = jax.jit(make_train_step(config, structure, objective.loss_sum, objective.loss_weight))
     after, numbers = step(state, batch)
 
-    def mean_loss(weights: Any) -> Any:
+    def mean_loss(weights: Any, batch: Any) -> Any:
         model = merge_weights(structure, weights)
-        return objective.loss_sum(model, batch, None) / objective.loss_weight(batch)  # type: ignore[arg-type]
+        return objective.loss_sum(model, batch, None) / objective.loss_weight(batch)
 
-    gradients = jax.jit(jax.grad(mean_loss))(state.weights)
+    gradients = jax.jit(jax.grad(mean_loss))(state.weights, batch)
     heading("One optimizer step")
     print(f"loss {float(numbers['loss']):.4f} nats per token (a uniform guess has "
           f"{np.log(config.model.vocab_size):.4f}), gradient norm "

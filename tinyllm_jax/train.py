@@ -59,6 +59,7 @@ def main(words: Sequence[str] | None = None) -> int:
     with locked(lock, on_wait=lambda: refuse_second_run(start)):
         prepared = prepare(with_tokenizer_of(start), progress=sys.stderr.isatty())
         check_data(start, prepared)
+        sample = make_sampler(config, prepared.tokenizer)
         open_folder(start, prepared, say=say)
         say_what_starts(start, prepared)
         structure, _ = model_structure(config.model)
@@ -70,7 +71,7 @@ def main(words: Sequence[str] | None = None) -> int:
             folder=folder,
             identity=Identity(prepared.tokenizer, prepared.dataset_hash),
             best=start.resumed.best if start.resumed else None,
-            sample=make_sampler(config, prepared.tokenizer),
+            sample=sample,
         )
     return say_how_it_ended(start, outcome)
 
@@ -116,17 +117,22 @@ def with_tokenizer_of(start: "Start") -> Config:
 
 
 def make_sampler(config: Config, tokenizer: "Tokenizer") -> Callable[[Any], str]:
-    """Make the function that lets the model in training go on with the prompt of the settings."""
+    """Make the function that lets the model in training go on with the prompt of the settings.
+
+    Raises:
+        InputError: the prompt fills the context.
+    """
     from tinyllm_jax.inference.generate import Generator
 
     generator = Generator(config.model)
     prompt = tokenizer.encode(config.sampling.prompt, bos=True)
+    generator.check([prompt], slide=config.sampling.slide)
 
     def sample(weights: Any) -> str:
         rows = generator.generate(
             weights, [prompt], sampling=config.sampling, eos_id=tokenizer.eos_id
         )
-        return tokenizer.decode([*prompt, *rows[0][0].token_ids.tolist()])
+        return "\n".join(tokenizer.decode([*prompt, *row.token_ids.tolist()]) for row in rows[0])
 
     return sample
 

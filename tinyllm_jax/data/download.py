@@ -243,6 +243,7 @@ def receive_file(file: RemoteFile, partial: Path, *, bar: tqdm) -> None:
         if output.tell() > file.size:
             output.seek(output.truncate(0))
         bar.update(output.tell())
+        furthest = output.tell()
         while (have := output.tell()) < file.size:
             reason = "the connection was closed too early"
             try:
@@ -250,7 +251,6 @@ def receive_file(file: RemoteFile, partial: Path, *, bar: tqdm) -> None:
                 if start != have:  # the host sends the whole file again
                     output.seek(output.truncate(start))
                     bar.update(start - have)
-                    have = start
                 for chunk in chunks:
                     output.write(chunk)
                     bar.update(len(chunk))
@@ -258,8 +258,8 @@ def receive_file(file: RemoteFile, partial: Path, *, bar: tqdm) -> None:
                 raise
             except NetworkError as error:
                 reason = str(error)
-            if output.tell() > have:
-                failures = 0
+            if output.tell() > furthest:
+                failures, furthest = 0, output.tell()
             elif (failures := failures + 1) >= ATTEMPTS:
                 raise NetworkError(reason)
             if output.tell() < file.size:

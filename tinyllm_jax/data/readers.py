@@ -7,7 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 import zstandard
 
@@ -29,10 +29,10 @@ class ZstdFile(io.RawIOBase):
     `zstandard`'s own stream reader takes a cut-off file for a whole one.
     """
 
-    # A few bytes can hold a block of 128 KiB, so this bounds the memory of one step.
-    _STEP_BYTES = 4096
+    # Four bytes can hold a block of 128 KiB, so this bounds a step to 8 MiB of text.
+    _STEP_BYTES = 256
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: io.BufferedIOBase):
         self._file = file
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._inside = False  # a frame has begun and not ended
@@ -59,13 +59,13 @@ class ZstdFile(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def open_text(path: str, compression: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def open_text(path: str, compression: str) -> Iterator[tuple[io.BufferedIOBase, io.BufferedIOBase]]:
     """Open the bytes of a text file as (text, file as it lies on the disk).
 
     Raises:
         InputError: the compressed data is of another kind, cut off or damaged.
     """
-    with open(path, "rb", CHUNK_BYTES) as file:
+    with open(path, "rb") as file:
         try:
             if compression == "gzip":
                 with gzip.GzipFile(fileobj=file, mode="rb") as stream:
@@ -167,7 +167,7 @@ def read_jsonl(
                 )
 
 
-def skip_line(stream: BinaryIO) -> int:
+def skip_line(stream: io.BufferedIOBase) -> int:
     """Go on to the next line in flat memory; give the bytes gone over."""
     skipped = 0
     while rest := stream.readline(CHUNK_BYTES):
@@ -272,7 +272,7 @@ def trim(piece: bytes, *, first: bool) -> slice:
     return slice(begin, end)
 
 
-def scanning_point(stream: BinaryIO, position: int, mark: bytes) -> int:
+def scanning_point(stream: io.BufferedIOBase, position: int, mark: bytes) -> int:
     """Step back from `position` to where no occurrence of `mark` lies across.
 
     A separator such as two newlines can overlap itself, so a scan that began inside a run of them
@@ -287,7 +287,9 @@ def scanning_point(stream: BinaryIO, position: int, mark: bytes) -> int:
     return position
 
 
-def split_stream(stream: BinaryIO, mark: bytes, offset: int) -> Iterator[tuple[int, bytes | None]]:
+def split_stream(
+    stream: io.BufferedIOBase, mark: bytes, offset: int
+) -> Iterator[tuple[int, bytes | None]]:
     """Cut a stream at `mark` into (offset, piece); a piece that is too long comes as None.
 
     Args:

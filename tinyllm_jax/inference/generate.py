@@ -166,7 +166,7 @@ class Generator:
         """Continue windows by at most `budgets` tokens: (new tokens, whether eos ended them)."""
         limit, rows = self.config.max_position_embeddings, len(texts)
         lengths = np.array([len(window) for window in windows], np.int32)
-        tokens = np.zeros((len(windows), bucket(lengths.max(), limit=limit)), np.int32)
+        tokens = np.zeros((len(windows), bucket(int(lengths.max()), limit=limit)), np.int32)
         for row, window in enumerate(windows):
             tokens[row, : len(window)] = window
         present = np.zeros((rows, self.config.vocab_size), bool)
@@ -182,7 +182,7 @@ class Generator:
                 np.array(token_numbers, np.int32),
                 np.int32(eos_id),
                 row_settings(sampling, rows=rows),
-                slots=bucket((np.repeat(lengths, samples) + budgets).max(), limit=limit),
+                slots=bucket(int((np.repeat(lengths, samples) + budgets).max()), limit=limit),
                 samples=samples,
             )
         )
@@ -191,7 +191,7 @@ class Generator:
 
 def bucket(length: int, *, limit: int) -> int:
     """Round a number of positions up to a power of two, but not above `limit`."""
-    return min(max(SMALLEST_BUCKET, 1 << (int(length) - 1).bit_length()), limit)
+    return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), limit)
 
 
 def row_settings(sampling: SamplingConfig, *, rows: int) -> RowSettings:
@@ -267,8 +267,8 @@ def _continue_rows(
     every_row = jnp.arange(count)
 
     def read_and_draw(rows: _Rows) -> _Rows:
-        # At step 0 this reads the last token of the prompt once more, which spares a second copy
-        # of the head and the sampler in the program and half of its compilation.
+        # At step 0 this reads the last token of the prompt once more, so that the program holds head
+        # and sampler once.
         positions = (lengths - 1 + rows.step)[:, None]
         hidden, cache = model.hidden(rows.token[:, None], positions, cache=rows.cache)
         assert cache is not None

@@ -67,7 +67,7 @@ def loss_describer(
     - `bits_per_byte`: bits to encode the validation text with the model, for each UTF-8 byte of it;
       comparable between vocabularies. The loss stands for every token that must be predicted,
       which in a stream includes the bos of each document.
-    - `entropy_floor_bits_per_byte` and `above_floor`: where the text's own probability is known,
+    - `entropy_floor_bits_per_byte` and `above_floor_share`: where the text's own probability is known,
       the lowest value that any model can expect, and by which share the model is above it.
     """
     validation = prepared.validation
@@ -82,7 +82,7 @@ def loss_describer(
         }
         if floor is not None:
             described["entropy_floor_bits_per_byte"] = floor
-            described["above_floor"] = bits_per_byte / floor - 1
+            described["above_floor_share"] = bits_per_byte / floor - 1
         return described
 
     return describe

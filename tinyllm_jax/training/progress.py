@@ -60,7 +60,7 @@ class Progress:
         self, *, step: int, loss: float, described: Mapping[str, float], text: str
     ) -> None:
         """Print a validation loss, other ways to say it, and a sample of what the model writes."""
-        details = ", ".join(f"{name.replace('_', ' ')} {x:.4g}" for name, x in described.items())
+        details = ", ".join(say_number(name, value) for name, value in described.items())
         self.note(f"step {step}: validation loss {loss:.4f} ({details})\n  {text}\n")
 
     def __enter__(self) -> "Progress":
@@ -69,3 +69,10 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         """Leave the bar on the screen as it stands."""
         self._bar.close()
+
+
+def say_number(name: str, value: float) -> str:
+    """Write a number after its name; a `_share` as percent."""
+    if name.endswith("_share"):
+        return f"{name.removesuffix('_share').replace('_', ' ')} {value:.1%}"
+    return f"{name.replace('_', ' ')} {value:.4g}"

@@ -72,11 +72,11 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> str:
         f"({last['bits_per_byte']:.4f} bits per byte) at step {last['step']}; lowest "
         f"{float(best['loss']):.4f} at step {best['step']}."
     )
-    if "above_floor" in last:
+    if "above_floor_share" in last:
         text += (
             f" The entropy floor of the validation text is "
             f"{last['entropy_floor_bits_per_byte']:.4f} bits per byte: the model is "
-            f"{last['above_floor']:.1%} above the best that any model can do."
+            f"{last['above_floor_share']:.1%} above the best that any model can do."
         )
     return text
 
@@ -105,8 +105,8 @@ def draw_losses(rows: Sequence[Mapping[str, Any]]) -> Figure:
         steps, losses = np.array([(row["step"], row["loss"]) for row in looks]).T
         label = f"validation, last {losses[-1]:.3f}"
         axes.plot(steps, losses, "o-", color=VALIDATION, markersize=4, label=label)
-    if looks and "above_floor" in looks[-1]:
-        floor = looks[-1]["loss"] / (1 + looks[-1]["above_floor"])
+    if looks and "above_floor_share" in looks[-1]:
+        floor = looks[-1]["loss"] / (1 + looks[-1]["above_floor_share"])
         axes.axhline(floor, color=FLOOR, linestyle="--", label=f"entropy floor {floor:.3f}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")

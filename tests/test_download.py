@@ -3,6 +3,10 @@
 import hashlib
 import http.server
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.parse
@@ -12,12 +16,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants, hf_hub_download
 
 from tinyllm_jax.config import DataConfig
 from tinyllm_jax.data.corpus import Counts, find_parts, read_documents
 from tinyllm_jax.data.download import download_tinystories
 from tinyllm_jax.errors import InputError
 
+ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["huggingface", "modelscope"]
 NAMES = [
     "data/train-00000-of-00002-2d5a1467fff1081b.parquet",
@@ -35,7 +41,11 @@ def make_parquet(seed: str) -> bytes:
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Both hosts in one, as far as a download sees them."""
+    """Both hosts in one, as far as a download sees them.
+
+    What `huggingface_hub` asks for it asks itself, and one test downloads with the library alone,
+    so that this cannot be another Hugging Face than the library's.
+    """
 
     daemon_threads = True
 
@@ -46,7 +56,10 @@ class Hub(http.server.ThreadingHTTPServer):
         self.listed = dict(self.files)  # what the list of files is made from
         self.sent = dict.fromkeys(self.files, 0)
         self.requests = 0
+        self.tokens: list[tuple[str, str | None]] = []  # of each request: its path, who asks
         self.patience = -1  # bytes of each file after which connections break; -1 is never
+        self.hangs = False  # connections stay open, silent, when patience ends
+        self.closing = threading.Event()
         self.ignores_range = False
         self.refuses = 0  # a status that every download gets
 
@@ -61,41 +74,69 @@ class Hub(http.server.ThreadingHTTPServer):
 class HubRequest(http.server.BaseHTTPRequestHandler):
     server: Hub
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         self.server.requests += 1
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query))
+        self.server.tokens.append((url.path, self.headers["Authorization"]))
         if url.path == "/api/datasets/roneneldan/TinyStories/tree/main":
-            assert query == {"recursive": "true"}
-            self.answer(json.dumps([{"type": "directory", "path": "data"}, *self.hf_entries()]))
+            self.answer_hf_page(query)
         elif url.path == "/api/v1/datasets/AI-ModelScope/TinyStories/repo/tree":
             assert (query["Revision"], query["Recursive"]) == ("master", "True")
             entries = [{"Path": "data", "Type": "tree"}, *self.modelscope_entries()]
             self.answer(json.dumps({"Code": 200, "Data": {"Files": entries}, "Success": True}))
         elif url.path.startswith("/datasets/roneneldan/TinyStories/resolve/main/"):
-            # Hugging Face sends on to another host, which sends the bytes.
-            self.send_response(302)
-            self.send_header("Location", f"/cdn?FilePath={url.path.split('/main/')[1]}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.send_on(url.path.split("/main/")[1])
         elif url.path in ("/cdn", "/api/v1/datasets/AI-ModelScope/TinyStories/repo"):
             self.send_file(query["FilePath"])
         else:
             self.send_error(404)
 
+    def answer_hf_page(self, query: dict[str, str]) -> None:
+        """Send a list of two pages, the first of which says where the second is."""
+        assert query.pop("recursive").lower() == "true"
+        folder = {"type": "directory", "oid": "f" * 40, "size": 0, "path": "data"}
+        entries = [folder, *self.hf_entries()]
+        if "cursor" in query:
+            self.answer(json.dumps(entries[2:]))
+        else:
+            following = f"{self.server.endpoint}{self.path}&cursor=2"
+            self.answer(json.dumps(entries[:2]), link=f'<{following}>; rel="next"')
+
     def hf_entries(self) -> Iterator[dict]:
         for path, content in self.server.listed.items():
-            oid = hashlib.sha256(content).hexdigest()
-            entry = {"type": "file", "oid": "git", "size": len(content), "path": path}
-            yield entry | ({"lfs": {"oid": oid, "size": len(content)}} if "data" in path else {})
+            size = len(content)
+            entry = {"type": "file", "oid": "e" * 40, "size": size, "path": path}
+            if path.endswith(".parquet"):
+                oid = hashlib.sha256(content).hexdigest()
+                entry["lfs"] = {"oid": oid, "size": size, "pointerSize": 130}
+            yield entry
+
+    def send_on(self, name: str) -> None:
+        """Answer as Hugging Face does, which leaves the bytes to another host."""
+        content = self.server.listed[name]
+        self.send_response(302)
+        other_host = self.server.endpoint.replace("127.0.0.1", "localhost")
+        self.send_header("Location", f"{other_host}/cdn?FilePath={name}")
+        self.send_header("ETag", f'"{"e" * 40}"')
+        self.send_header("X-Linked-ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Linked-Size", str(len(content)))
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def modelscope_entries(self) -> Iterator[dict]:
         for path, content in self.server.listed.items():
             sha256 = hashlib.sha256(content).hexdigest()
             yield {"Path": path, "Type": "blob", "Size": len(content), "Sha256": sha256}
 
-    def answer(self, text: str) -> None:
+    def answer(self, text: str, *, link: str = "") -> None:
         self.send_response(200)
+        if link:
+            self.send_header("Link", link)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text.encode())
@@ -118,6 +159,8 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
         end = len(content) if hub.patience < 0 else max(start, hub.patience)
         self.wfile.write(content[start:end])
         hub.sent[name] += len(content[start:end])
+        if hub.hangs:
+            hub.closing.wait()
         self.close_connection = True
 
     def log_message(self, format, *args) -> None:
@@ -130,12 +173,19 @@ def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("TINYLLM_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    # The library reads its settings when it is imported, which may have happened long ago.
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     with Hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", f"{hub.endpoint}/")
         thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield hub
+        hub.closing.set()
         hub.shutdown()
         thread.join()
 
@@ -155,6 +205,27 @@ def folder(tmp_path) -> Path:
 
 def config(source: str) -> DataConfig:
     return DataConfig(paths=("tinystories",), download_source=source)
+
+
+def another_process(source: str, home: Path, *, offline: bool) -> subprocess.Popen:
+    """Start a download in a process of its own, where the library reads its settings anew."""
+    command = (
+        "from tinyllm_jax.config import DataConfig\n"
+        "from tinyllm_jax.data.download import download_tinystories\n"
+        f"download_tinystories(DataConfig(paths=('tinystories',), download_source={source!r}))\n"
+    )
+    environment = os.environ | {
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": str(int(offline)),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", command],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def contents(paths: list[Path]) -> dict[str, bytes]:
@@ -196,6 +267,49 @@ def test_an_interrupted_download_goes_on_where_it_stopped(hub, folder, waits, so
     assert contents(paths) == {name: hub.files[name] for name in NAMES}
     # Every byte was sent once, whatever happened on the way.
     assert {name: hub.sent[name] for name in NAMES} == {n: len(hub.files[n]) for n in NAMES}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_killed_download_goes_on_where_it_stopped(hub, folder, tmp_path, source):
+    hub.patience, hub.hangs = 3000, True  # so few bytes that a buffer would hold them back
+    with another_process(source, tmp_path, offline=False) as process:
+        try:
+            partial = folder / f".{NAMES[0].split('/')[1]}.partial"
+            deadline = time.monotonic() + 30
+            while not (partial.exists() and partial.stat().st_size == hub.patience):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGKILL
+    hub.patience, hub.hangs = -1, False
+    paths = download_tinystories(config(source))
+    assert contents(paths) == {name: hub.files[name] for name in NAMES}
+    assert {name: hub.sent[name] for name in NAMES} == {n: len(hub.files[n]) for n in NAMES}
+
+
+def test_the_library_alone_gets_the_same_file_from_this_server(hub, tmp_path):
+    path = hf_hub_download(
+        "roneneldan/TinyStories",
+        NAMES[0],
+        repo_type="dataset",
+        endpoint=hub.endpoint,
+        cache_dir=tmp_path / "cache",
+        local_dir=tmp_path / "local",
+    )
+    assert Path(path).read_bytes() == hub.files[NAMES[0]]
+
+
+@pytest.mark.parametrize("token", ["hf_of_a_person", None])
+def test_the_token_goes_to_hugging_face_and_to_no_other_host(hub, monkeypatch, token):
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    download_tinystories(config("huggingface"))
+    expected = f"Bearer {token}" if token else None
+    assert len(hub.tokens) == 2 + 2 * len(NAMES)
+    for path, received in hub.tokens:
+        assert received == (None if path == "/cdn" else expected), path
 
 
 def test_a_short_break_of_the_network_is_waited_out(hub, monkeypatch):
@@ -246,7 +360,7 @@ def test_a_partial_file_of_something_else_is_replaced(hub, folder):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_no_network_says_in_one_line_what_to_do(hub, folder, monkeypatch, source):
+def test_no_network_says_in_one_line_what_to_do(hub, folder, monkeypatch, waits, source):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(InputError, match=r"cannot be downloaded.*Connection refused") as caught:
@@ -255,6 +369,28 @@ def test_no_network_says_in_one_line_what_to_do(hub, folder, monkeypatch, source
     assert "\n" not in message
     for hint in ("http://127.0.0.1:9/datasets/", "validation-*.parquet", str(folder), "--data toy"):
         assert hint in message
+
+
+def test_offline_mode_of_the_library_is_honoured(hub, tmp_path):
+    with another_process("huggingface", tmp_path, offline=True) as process:
+        message = process.communicate(timeout=60)[1].splitlines()[-1]
+    assert "InputError: TinyStories cannot be downloaded" in message
+    assert "offline mode is enabled" in message
+    assert hub.requests == 0
+
+
+def test_a_dataset_that_the_host_does_not_have_is_said_in_one_line(hub, monkeypatch):
+    monkeypatch.setattr(HubRequest, "answer_hf_page", lambda self, _: self.send_error(404))
+    with pytest.raises(
+        InputError, match=r"cannot be downloaded \(http://127.*404.*Not Found"
+    ) as caught:
+        download_tinystories(config("huggingface"))
+    assert "\n" not in str(caught.value)
+
+
+def test_preparing_data_does_not_import_the_library():
+    command = "import sys, tinyllm_jax.data.prepare; sys.exit('huggingface_hub' in sys.modules)"
+    subprocess.run([sys.executable, "-c", command], check=True, cwd=ROOT)
 
 
 def test_files_put_there_by_hand_are_taken_as_they_are(hub, folder):

@@ -1,5 +1,7 @@
 """Rows predict every token of every document once, and never one document from another."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -69,7 +71,7 @@ def test_every_prediction_inside_a_document_comes_exactly_once(
         long_documents="split",
         tokens_at_once=tokens_at_once,
     )
-    expected = [pair for d in documents for pair in zip(d[:-1].tolist(), d[1:].tolist())]
+    expected = [pair for d in documents for pair in itertools.pairwise(d.tolist())]
     actual = predictions(tokens, segments, packing=packing)
     assert sorted(actual) == expected
     assert len(actual) == sum(lengths) - len(lengths)
@@ -88,7 +90,7 @@ def test_truncated_documents_keep_their_first_row_and_count_the_rest(lengths, pa
         tokens_at_once=200,
     )
     kept = [d[:row_width] for d in documents]
-    expected = [pair for d in kept for pair in zip(d[:-1].tolist(), d[1:].tolist())]
+    expected = [pair for d in kept for pair in itertools.pairwise(d.tolist())]
     assert sorted(predictions(tokens, segments, packing=packing)) == expected
     assert cut_tokens == sum(lengths) - sum(map(len, kept))
 

@@ -30,6 +30,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """Look at what the command line describes; the report goes to stdout."""
     config, checkpoint = read_command(words)
     set_up_jax(config)
+    import jax
+    import jax.numpy as jnp
+
     from tinyllm_jax.data.prepare import prepare
     from tinyllm_jax.model.weights import initial_weights
     from tinyllm_jax.objectives.pretrain import make_pretraining
@@ -41,7 +44,7 @@ def main(words: Sequence[str] | None = None) -> int:
     show_batch(objective.train_batch(0), prepared.tokenizer)
     weights = initial_weights(config.model, seed=config.train.seed)
     if checkpoint:
-        weights = dict(checkpoint.weights)
+        weights = jax.tree.map(jnp.asarray, checkpoint.weights)
     show_parameters(config, weights)
     show_step(config, objective, new_state(config, weights))
     heading(f"Continuation of {config.sampling.prompt!r}")

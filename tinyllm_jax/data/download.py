@@ -1,7 +1,9 @@
 """TinyStories from Hugging Face or ModelScope: resumed where it stopped, checked, whole or not there.
 
-Both are read over plain HTTP: `hf_hub_download` throws away what an interrupted run received, and
-ModelScope's own client is far larger than this file.
+What Hugging Face has, where, and with whose token it is asked for comes from `huggingface_hub`. The
+bytes are received here, for both hosts alike: `hf_hub_download` of versions 1.33 and 2.4 names its
+partial file so that no later call finds it, and a download that was killed begins again from nothing
+(0.34 and 1.0 went on). ModelScope's package is 69 MB, too much for the one listing needed of it.
 """
 
 import contextlib
@@ -15,9 +17,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -29,6 +30,8 @@ TIMEOUT_SECONDS = 30
 # Failures in a row, without a byte received, after which the network counts as gone.
 ATTEMPTS = 5
 CHUNK_BYTES = 1 << 20
+HUGGINGFACE_DATASET = "roneneldan/TinyStories"
+MODELSCOPE_DATASET = "/api/v1/datasets/AI-ModelScope/TinyStories/repo"
 PARQUET_NAME = re.compile(r"(train|validation)-(\d+)-of-(\d+).*\.parquet")
 
 
@@ -48,6 +51,7 @@ class RemoteFile:
     url: str
     size: int
     sha256: str  # "" where the host gives none
+    headers: dict[str, str] = field(repr=False)  # of the request; may hold a token
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,6 @@ class Host:
 
     variable: str  # environment variable that names another endpoint, such as a mirror
     endpoint: str
-    tree: str  # address of the list of files
     page: str  # address for a person
 
     def url(self, path: str) -> str:
@@ -68,14 +71,11 @@ HOSTS = {
     "huggingface": Host(
         variable="HF_ENDPOINT",
         endpoint="https://huggingface.co",
-        tree="/api/datasets/roneneldan/TinyStories/tree/main?recursive=true",
-        page="/datasets/roneneldan/TinyStories/tree/main/data",
+        page=f"/datasets/{HUGGINGFACE_DATASET}/tree/main/data",
     ),
     "modelscope": Host(
         variable="MODELSCOPE_ENDPOINT",
         endpoint="https://www.modelscope.cn",
-        tree="/api/v1/datasets/AI-ModelScope/TinyStories/repo/tree"
-        "?Revision=master&Recursive=True&PageNumber=1&PageSize=200",
         page="/datasets/AI-ModelScope/TinyStories/files",
     ),
 }
@@ -153,44 +153,74 @@ def list_files(host: Host) -> list[RemoteFile]:
         InputError: its answer is no such list.
         NetworkError: it cannot be reached.
     """
-    url = host.url(host.tree)
-    content = b"".join(receive(url, start=0)[1])
+    list_all = huggingface_files if host == HOSTS["huggingface"] else modelscope_files
     try:
-        answer = json.loads(content)
-        if host == HOSTS["huggingface"]:
-            files = [huggingface_file(host, entry) for entry in answer]
-        else:
-            entries = answer["Data"]
-            entries = entries["Files"] if isinstance(entries, dict) else entries
-            files = [modelscope_file(host, entry) for entry in entries]
+        files = list_all(host)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
-            f"{url}: not the list of files that was expected. Check {host.variable}, or put the "
-            f"parquet files of {host.url(host.page)} into the folder by hand."
+            f"{host.url('')}: what it sends is not the list of files that was expected. Check "
+            f"{host.variable}, or put the parquet files of {host.url(host.page)} into the folder "
+            "by hand."
         ) from None
     files = [file for file in files if PARQUET_NAME.fullmatch(file.name)]
     if {file.name.split("-")[0] for file in files} != {"train", "validation"}:
         raise InputError(
-            f"{url}: lists no train-*.parquet or no validation-*.parquet. Check {host.variable}, "
-            "or use the other --data.download_source."
+            f"{host.url('')}: lists no train-*.parquet or no validation-*.parquet. Check "
+            f"{host.variable}, or use the other --data.download_source."
         )
     return sorted(files, key=lambda file: file.name)
 
 
-def huggingface_file(host: Host, entry: dict[str, Any]) -> RemoteFile:
-    """Read one entry of Hugging Face's list."""
-    path = entry["path"]
-    url = host.url(f"/datasets/roneneldan/TinyStories/resolve/main/{urllib.parse.quote(path)}")
-    sha256 = entry["lfs"]["oid"] if entry.get("lfs") else ""
-    return RemoteFile(path.split("/")[-1], url, int(entry.get("size", 0)), sha256)
+def huggingface_files(host: Host) -> list[RemoteFile]:
+    """Let `huggingface_hub` list the dataset, with the person's token and settings.
+
+    Raises:
+        NetworkError: the host cannot be reached or refuses, or HF_HUB_OFFLINE is set.
+    """
+    # Imported here because most runs download nothing.
+    from huggingface_hub import HfApi, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub.utils import build_hf_headers
+
+    endpoint = host.url("")
+    api = HfApi(endpoint=endpoint, library_name="tinyllm")
+    try:
+        tree = list(api.list_repo_tree(HUGGINGFACE_DATASET, recursive=True, repo_type="dataset"))
+    # The library lets through what requests, httpx or httpx2 raises, whichever this version stands
+    # on, and derives its own error from theirs.
+    except (OSError, *HfHubHTTPError.__bases__) as error:  # pyright: ignore[reportGeneralTypeIssues]
+        reason = " ".join(str(error).split())  # the library explains in several lines
+        raise NetworkError(f"{endpoint}: {reason}") from None
+    headers = build_hf_headers(library_name="tinyllm")
+    files = []
+    for entry in tree:
+        if isinstance(entry, RepoFile):
+            url = hf_hub_url(
+                HUGGINGFACE_DATASET, entry.path, repo_type="dataset", endpoint=endpoint
+            )
+            sha256 = entry.lfs.sha256 if entry.lfs else ""
+            files.append(RemoteFile(Path(entry.path).name, url, entry.size, sha256, headers))
+    return files
 
 
-def modelscope_file(host: Host, entry: dict[str, Any]) -> RemoteFile:
-    """Read one entry of ModelScope's list."""
-    query = urllib.parse.urlencode({"Revision": "master", "FilePath": entry["Path"]})
-    url = host.url(f"/api/v1/datasets/AI-ModelScope/TinyStories/repo?{query}")
-    name = entry["Path"].split("/")[-1]
-    return RemoteFile(name, url, int(entry.get("Size") or 0), entry.get("Sha256") or "")
+def modelscope_files(host: Host) -> list[RemoteFile]:
+    """Ask ModelScope's own interface.
+
+    Raises:
+        NetworkError: it cannot be reached.
+    """
+    headers = {"User-Agent": "tinyllm"}
+    query = "Revision=master&Recursive=True&PageNumber=1&PageSize=200"
+    url = host.url(f"{MODELSCOPE_DATASET}/tree?{query}")
+    entries = json.loads(b"".join(receive(url, start=0, headers=headers)[1]))["Data"]
+    files = []
+    for entry in entries["Files"] if isinstance(entries, dict) else entries:
+        query = urllib.parse.urlencode({"Revision": "master", "FilePath": entry["Path"]})
+        url = host.url(f"{MODELSCOPE_DATASET}?{query}")
+        size, sha256 = int(entry.get("Size") or 0), entry.get("Sha256") or ""
+        files.append(RemoteFile(Path(entry["Path"]).name, url, size, sha256, headers))
+    return files
 
 
 def fetch(file: RemoteFile, path: Path, *, bar: tqdm) -> None:
@@ -247,12 +277,13 @@ def receive_file(file: RemoteFile, partial: Path, *, bar: tqdm) -> None:
         while (have := output.tell()) < file.size:
             reason = "the connection was closed too early"
             try:
-                start, chunks = receive(file.url, start=have)
+                start, chunks = receive(file.url, start=have, headers=file.headers)
                 if start != have:  # the host sends the whole file again
                     output.seek(output.truncate(start))
                     bar.update(start - have)
                 for chunk in chunks:
                     output.write(chunk)
+                    output.flush()  # so that a killed process loses nothing
                     bar.update(len(chunk))
             except RefusedError:
                 raise
@@ -268,8 +299,10 @@ def receive_file(file: RemoteFile, partial: Path, *, bar: tqdm) -> None:
         os.fsync(output.fileno())
 
 
-def receive(url: str, *, start: int) -> tuple[int, Iterator[bytes]]:
+def receive(url: str, *, start: int, headers: dict[str, str]) -> tuple[int, Iterator[bytes]]:
     """Ask for the bytes of `url` from `start` on.
+
+    Hosts send on to a store with a signed address; the token in `headers` stays with the host.
 
     Returns:
         Where the answer begins (0 when the host sends everything), and its bytes.
@@ -277,7 +310,10 @@ def receive(url: str, *, start: int) -> tuple[int, Iterator[bytes]]:
     Raises:
         NetworkError: the host cannot be reached, refuses, or stops sending.
     """
-    request = urllib.request.Request(url, headers={"User-Agent": "tinyllm"})
+    request = urllib.request.Request(url)
+    for name, value in headers.items():
+        secret = name.lower() == "authorization"
+        (request.add_unredirected_header if secret else request.add_header)(name, value)
     if start:
         request.add_header("Range", f"bytes={start}-")
     with network_errors(url):
@@ -288,7 +324,7 @@ def receive(url: str, *, start: int) -> tuple[int, Iterator[bytes]]:
         with response:
             while True:
                 with network_errors(url):
-                    chunk = response.read(CHUNK_BYTES)
+                    chunk = response.read1(CHUNK_BYTES)  # what has come, without waiting for more
                 if not chunk:
                     return
                 yield chunk

@@ -33,7 +33,8 @@ class Reader:
 
 # Each kind of node can do five things: `emit` draws its text, `read` finds every way in which a
 # text can go on with it, `bits` is the entropy of its choices, `expected_bytes` its mean length and
-# `variables` the story variables that it may mention.
+# `variables` the story variables that it may mention. All kinds are called alike, so that some of
+# them get arguments they have no use for.
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -42,7 +43,7 @@ class Literal:
 
     text: str
 
-    def emit(self, draw: Draw, values: Sequence[int], pieces: list[str]) -> None:
+    def emit(self, draw: Draw, values: Sequence[int], pieces: list[str]) -> None:  # noqa: ARG002
         pieces.append(self.text)
 
     def read(self, reader: Reader, start: int, masks: Masks) -> list[Reading]:
@@ -70,7 +71,7 @@ class Mention:
     texts: tuple[str, ...]  # of each value
     values_of: Mapping[str, int]  # text -> mask of the values that have it
 
-    def emit(self, draw: Draw, values: Sequence[int], pieces: list[str]) -> None:
+    def emit(self, draw: Draw, values: Sequence[int], pieces: list[str]) -> None:  # noqa: ARG002
         pieces.append(self.texts[values[self.variable]])
 
     def read(self, reader: Reader, start: int, masks: Masks) -> list[Reading]:
@@ -248,7 +249,8 @@ class Grammar:
 
     def _compile(self, template: str) -> Node:
         tokens = TOKEN.findall(template)
-        assert "".join(tokens) == template and template.isascii(), template
+        assert "".join(tokens) == template, template
+        assert template.isascii(), template
         node = self._alternation(tokens)
         assert not tokens, template
         return node
@@ -278,7 +280,8 @@ class Grammar:
         key = (variable, form or "name")
         if key not in self._mentions:
             texts = tuple(self._variables[name][key[1]])
-            assert len(texts) == self._sizes[variable] and "".join(texts).isascii(), reference
+            assert len(texts) == self._sizes[variable], reference
+            assert "".join(texts).isascii(), reference
             values_of: dict[str, int] = {}
             for value, text in enumerate(texts):
                 values_of[text] = values_of.get(text, 0) | 1 << value

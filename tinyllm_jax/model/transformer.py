@@ -66,7 +66,9 @@ class Embedding(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "batch seq"], *, dtype: jnp.dtype
     ) -> Float[Array, "batch seq hidden"]:
-        return jnp.take(self.weight[...].astype(dtype), tokens, axis=0)
+        # Cast after the look-up: the gradient of a frequent token is a sum of thousands, which
+        # bfloat16 cannot hold.
+        return jnp.take(self.weight[...], tokens, axis=0).astype(dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -81,7 +83,11 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(mean_square + self.eps)
-        return normed.astype(x.dtype) * self.weight[...].astype(x.dtype)[None, None, :]
+        # Both are rounded to the type of `x` and then widened: the product is the same, and the
+        # gradient of the weight, a sum over all rows, is not summed in bfloat16.
+        factors = [normed, self.weight[...][None, None, :]]
+        normed, weight = (factor.astype(x.dtype).astype(wide.dtype) for factor in factors)
+        return (normed * weight).astype(x.dtype)
 
 
 class Attention(nnx.Module):

@@ -23,7 +23,7 @@ def split_weights(model: Transformer) -> tuple[nnx.GraphDef, Weights]:
 
 def merge_weights(structure: nnx.GraphDef, weights: Mapping[str, Any]) -> Transformer:
     """Put a model together again; names and structure must come from the same config."""
-    paths = {
+    paths: Any = {
         tuple(int(part) if part.isdigit() else part for part in name.split(".")): nnx.Param(value)
         for name, value in weights.items()
     }

@@ -72,20 +72,52 @@ def save_checkpoint(
 
     A folder of the same step is replaced. When writing fails, nothing is left of the new one.
     """
-    step = int(state.step)
-    folder = run / "checkpoints" / str(step)
-    partial = folder.with_name(f".{step}.partial")
+    return write_step_folder(
+        run / "checkpoints" / str(int(state.step)),
+        weights=state.weights,
+        moments=read_moments(state.optimizer_state),
+        step=state.step,
+        nonfinite_streak=state.nonfinite_streak,
+        config=config,
+        tokenizer=tokenizer,
+        dataset_hash=dataset_hash,
+        best=best,
+        remarks={},
+    )
+
+
+def write_step_folder(
+    folder: Path,
+    *,
+    weights: Mapping[str, Any],
+    moments: Moments,
+    step: Any,
+    nonfinite_streak: Any,
+    config: Config,
+    tokenizer: Tokenizer,
+    dataset_hash: str,
+    best: Mapping[str, Any] | None,
+    remarks: Mapping[str, Any],
+) -> Path:
+    """Write a step folder from arrays of JAX or NumPy, whole or not at all, and give its path.
+
+    Args:
+        weights: The flat dictionary of `tinyllm_jax.model.weights`.
+        moments: Of the same names; empty where only weights are known.
+        step: Batches taken, int32 as the other counters.
+        remarks: Further keys of `meta.json`, for people to read.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        moments = read_moments(state.optimizer_state)
         tree = {
-            "weights": state.weights,
-            "first_moments": moments.first,
-            "second_moments": moments.second,
+            "weights": dict(weights),
+            "first_moments": dict(moments.first),
+            "second_moments": dict(moments.second),
             "count": moments.count,
-            "step": state.step,
-            "nonfinite_streak": state.nonfinite_streak,
+            "step": step,
+            "nonfinite_streak": nonfinite_streak,
         }
         with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             try:
@@ -94,13 +126,14 @@ def save_checkpoint(
                 raise _as_os_error(error, path=partial) from error
         meta = {
             "format": FORMAT,
-            "step": step,
-            "data_position": {"next_step": step, "rows_per_step": config.rows_per_step},
+            "step": int(step),
+            "data_position": {"next_step": int(step), "rows_per_step": config.rows_per_step},
             "seed": config.train.seed,
             "config": config_to_table(config),
             "tokenizer_hash": tokenizer.hash,
             "dataset_hash": dataset_hash,
             "best": dict(best) if best else None,
+            **remarks,
         }
         write_file(partial / "meta.json", json.dumps(meta, indent=1).encode())
         tokenizer.save(partial)
@@ -209,10 +242,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def _restore_as_numpy(checkpointer: ocp.Checkpointer, state: Path) -> dict[str, Any]:
     """Restore without a target: one that carries shardings fails on another number of devices."""
-    metadata = checkpointer.metadata(state).item_metadata.tree
+    metadata: Any = checkpointer.metadata(state).item_metadata
     as_numpy = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-        metadata,
+        metadata.tree,
         is_leaf=lambda x: not isinstance(x, dict),
     )
     return checkpointer.restore(state, args=ocp.args.PyTreeRestore(restore_args=as_numpy))

@@ -99,7 +99,7 @@ def measure_loading(paths: list[str]) -> None:
 
 def main() -> None:
     """Measure both and print tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Time preparing and loading of text.")
     parser.add_argument("--data", nargs="+", required=True, help="files of text")
     paths = [os.path.abspath(path) for path in parser.parse_args().data]
     print(f"{platform.processor() or platform.machine()}, {available_cores()} cores")

@@ -44,7 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Where arrays are; checking every call of the story grammar would take most of its tests' time.
     rooms = ["data.batches", "data.packing", "data.shards"]
     rooms += ["model", "training", "objectives", "inference"]
-    install_import_hook([f"tinyllm_jax.{room}" for room in rooms], "shape_checks.checked")
+    names = ["tinyllm_torch", *(f"tinyllm_jax.{room}" for room in rooms)]
+    install_import_hook(names, "shape_checks.checked")
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

@@ -306,10 +306,15 @@ def test_an_error_while_prefetching_reaches_the_one_who_asks():
 
 def test_the_prefetching_thread_ends_with_its_block():
     before = threading.active_count()
-    with pytest.raises(ZeroDivisionError), prefetch(abs, start_step=0, depth=4) as results:
-        next(results)
-        assert threading.active_count() == before + 1
-        raise ZeroDivisionError
+
+    def fail_inside() -> None:
+        with prefetch(abs, start_step=0, depth=4) as results:
+            next(results)
+            assert threading.active_count() == before + 1
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
     assert threading.active_count() == before
 
 

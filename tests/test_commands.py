@@ -50,6 +50,13 @@ def test_a_tokenizer_file_has_the_name_of_its_kind():
         tokenizer.main(["train", "--input", "toy", "--vocab-size", "400", "--out", "mine.json"])
 
 
+@pytest.mark.parametrize("flag", [["--tokenizer.path", "mine"], ["--retrain-tokenizer"]])
+def test_training_a_tokenizer_refuses_what_would_do_nothing(flag):
+    words = ["train", "--input", "toy", "--vocab-size", "400", "--out", "new", *flag]
+    with pytest.raises(InputError, match="is for training a model.* Leave it out"):
+        tokenizer.main(words)
+
+
 def test_a_vocabulary_size_that_is_no_number_is_refused():
     with pytest.raises(InputError, match="model.vocab_size='big' does not fit"):
         tokenizer.main(["train", "--input", "toy", "--vocab-size", "big", "--out", "mine"])

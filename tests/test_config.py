@@ -122,9 +122,10 @@ def test_ranges_name_the_bound_and_the_unit():
     assert problems_of(optimizer__learning_rate=0.0) == [
         "optimizer.learning_rate=0.0 is too small. Use more than 0.0."
     ]
-    assert problems_of(optimizer__learning_rate=float("nan")) == [
-        "optimizer.learning_rate=nan is not a number. Give one."
-    ]
+    for value in ("nan", "inf"):
+        assert problems_of(optimizer__learning_rate=float(value)) == [
+            f"optimizer.learning_rate={value} is not a finite number. Give one."
+        ]
 
 
 @pytest.mark.parametrize(
@@ -211,6 +212,12 @@ def test_a_broken_file_is_refused_by_its_name(tmp_path, content, expected):
 def test_head_dim_follows_from_the_width_unless_it_is_given():
     assert ModelConfig(hidden_size=96, num_attention_heads=3).head_dim == 32
     assert ModelConfig(hidden_size=96, num_attention_heads=3, head_dim=8).head_dim == 8
+
+
+def test_a_head_dim_that_is_given_need_not_divide_the_width():
+    table = {"model.hidden_size": 100, "model.num_attention_heads": 6, "model.head_dim": 16}
+    table["model.num_key_value_heads"] = 3
+    assert build(Config, [("", table)]).model.head_dim == 16
 
 
 def test_settings_cannot_be_changed_behind_the_checks():

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,6 +26,7 @@ from tinyllm_jax.data.corpus import (
     sample_documents,
     split_of,
 )
+from tinyllm_jax.data.sources import find_left_out
 from tinyllm_jax.errors import InputError
 
 MARK = "<|endoftext|>"
@@ -53,9 +54,14 @@ def read(data: DataConfig, *, part_bytes: int = 1 << 20) -> tuple[list[str], Cou
     return texts, total
 
 
+def plan(data: DataConfig) -> list[Part]:
+    """Plan the reading of a corpus in parts of 1 MiB."""
+    return find_parts(data, part_bytes=1 << 20)
+
+
 def by_split(data: DataConfig) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for part in find_parts(data, part_bytes=1 << 20):
+    for part in plan(data):
         found.setdefault(part.split, []).extend(read_documents(part, data, Counts()))
     return found
 
@@ -68,7 +74,7 @@ def plain(texts: list[str]) -> bytes:
     return f"\n{MARK}\n".join(texts).encode()
 
 
-def write_parquet(path: Path, texts: list[str | None], **options) -> Path:
+def write_parquet(path: Path, texts: Sequence[str | None], **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({"id": range(len(texts)), "text": pa.array(texts, pa.string())})
     pq.write_table(table, path, **options)
@@ -395,6 +401,10 @@ def test_a_path_that_stands_for_nothing_says_so(tmp_path, data_folder):
     }.items():
         with pytest.raises(InputError, match=message):
             read(config(word))
+    with pytest.raises(InputError, match=r"--data '': an empty name"):
+        read(config(""))
+    with pytest.raises(InputError, match=r"--data\.validation_paths ' ': an empty name"):
+        read(config("toy", validation_paths=(" ",)))
     with pytest.raises(InputError, match=r"--data\.validation_paths 'nope'"):
         read(config("toy", validation_paths=("nope",)))
     with pytest.raises(InputError, match=r"data\.document_separator is empty"):
@@ -412,11 +422,12 @@ def test_folders_globs_and_names_give_each_file_once_in_order(tmp_path, monkeypa
     folder = tmp_path / "all"
     once = read(config(folder))[0]
     assert sorted(once) == everything
-    assert read(config(folder, folder / "b", f"{folder}/**/*.jsonl", folder / "b/z.jsonl"))[0]
+    again = config(folder, folder / "b", f"{folder}/**/*.jsonl", folder / "b/z.jsonl")
+    assert sorted(read(again)[0]) == everything
     assert sorted(read(config(f"{folder}/**/*", folder))[0]) == everything
-    names = [part.path for part in find_parts(config(folder))]
+    names = [part.path for part in plan(config(folder))]
     assert names == sorted(names)
-    assert find_parts(config(folder / "b", folder)) == find_parts(config(folder, folder / "b"))
+    assert plan(config(folder / "b", folder)) == plan(config(folder, folder / "b"))
     monkeypatch.chdir(tmp_path)
     assert sorted(read(config("all"))[0]) == everything
     data_folder.mkdir()
@@ -445,7 +456,7 @@ def test_file_names_tell_the_splits_apart(tmp_path, train, validation):
     if "/" not in train:
         assert by_split(config(*files)) == expected
         with pytest.raises(InputError, match="test text by its name, which is never trained on"):
-            find_parts(config(*files, tmp_path / "test-00000-of-00001.jsonl"))
+            plan(config(*files, tmp_path / "test-00000-of-00001.jsonl"))
 
 
 @pytest.mark.parametrize("name", ["train.txt", "validation.txt", "test.txt", "my-test.txt"])
@@ -454,12 +465,46 @@ def test_the_name_of_a_lone_file_says_nothing(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["how-to-train-a-dog.txt", "contest-1.txt", "valentine.txt", "crash-test-dummies.txt"]
+    "name",
+    [
+        "how-to-train-a-dog.txt",
+        "contest-1.txt",
+        "valentine.txt",
+        "crash-test-dummies.txt",
+        "how-to-pass-a-test.txt",
+        "hello-from-a-dev.txt",
+    ],
 )
-def test_words_inside_a_name_say_nothing(tmp_path, name):
+def test_words_of_other_names_say_nothing(tmp_path, name):
     write_stories(tmp_path / name)
     write_stories(tmp_path / "other.txt", STORIES[:1])
     assert set(by_split(config(tmp_path))) == {""}
+    assert find_left_out(config(tmp_path)) == []
+
+
+def test_files_that_are_left_out_are_listed(tmp_path):
+    for name in ("train-0.jsonl", "val-0.jsonl", "test-1.jsonl", "test-0.jsonl"):
+        write_stories(tmp_path / name)
+    left_out = [str(tmp_path / "test-0.jsonl"), str(tmp_path / "test-1.jsonl")]
+    assert find_left_out(config(tmp_path)) == left_out
+    held_out = (str(tmp_path / "test-0.jsonl"),)
+    left_out = [str(tmp_path / "test-1.jsonl"), str(tmp_path / "val-0.jsonl")]
+    assert find_left_out(config(tmp_path, validation_paths=held_out)) == left_out
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
+    write_stories(tmp_path / "open/a.jsonl")
+    closed = str(write_stories(tmp_path / "closed/b.jsonl").parent)
+    scandir = os.scandir
+
+    def refuse(path):
+        if path == closed:
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # permissions do not bind the superuser
+    with pytest.raises(PermissionError, match="closed"):
+        plan(config(tmp_path))
 
 
 def test_given_validation_files_go_before_names(tmp_path):
@@ -471,9 +516,9 @@ def test_given_validation_files_go_before_names(tmp_path):
     assert by_split(config(tmp_path, **given)) == expected
     assert by_split(config(tmp_path / "train-0.jsonl", **given)) == expected
     with pytest.raises(InputError, match=r"validation text by its name.*--data\.validation_paths"):
-        find_parts(config(tmp_path / "train-0.jsonl", tmp_path / "validation-0.jsonl", **given))
+        plan(config(tmp_path / "train-0.jsonl", tmp_path / "validation-0.jsonl", **given))
     with pytest.raises(InputError, match="no training text"):
-        find_parts(config(held_out, **given))
+        plan(config(held_out, **given))
     toys = by_split(config("toy", toy_documents=100, **given))
     assert (len(toys["train"]), toys["validation"]) == (100, STORIES[30:40])
 
@@ -486,7 +531,7 @@ def test_text_of_validation_files_is_not_trained_on_where_training_files_hold_it
     data = config(tmp_path)
     assert by_split(data) == {"train": STORIES[:100], "validation": held_out}
     assert read(data)[1].also_in_validation == 10
-    assert list(sample_documents(find_parts(data), data, max_bytes=10**9)) == STORIES[:100]
+    assert list(sample_documents(plan(data), data, max_bytes=10**9)) == STORIES[:100]
     write_stories(path, [text.replace("a dog", "a cow") for text in held_out])
     os.utime(path, ns=(1, 1))  # the same size, at another time
     assert read(data)[1].also_in_validation == 0
@@ -516,19 +561,43 @@ def test_a_sample_holds_training_text_alone_and_is_spread_evenly(tmp_path):
     assert list(sample_documents(parts, data, max_bytes=10**9)) == train
     size = sum(len(text.encode()) for text in everything)
     sample = list(sample_documents(parts, data, max_bytes=size // 4))
-    assert sample == list(sample_documents(find_parts(data), data, max_bytes=size // 4))
+    assert sample == list(sample_documents(plan(data), data, max_bytes=size // 4))
     assert set(sample) <= set(train)
-    assert 0.8 < sum(len(text.encode()) for text in sample) / (0.7 * size / 4) < 1.2
+    assert 0.97 < sum(len(text.encode()) for text in sample) / (size // 4) <= 1
     places = sorted(train.index(text) for text in sample)
     assert 0.4 < sum(place < len(train) / 2 for place in places) / len(places) < 0.75
     assert {text.startswith("third") for text in sample} == {True, False}
+
+
+def test_a_sample_is_even_although_files_are_larger_than_they_look(tmp_path):
+    """Neither a dictionary's size nor the start of a compressed file tells how much text there is."""
+    often = [f"often {number % 50} {'x' * 200} {number}" for number in range(100)] * 30
+    write_parquet(tmp_path / "a.parquet", often, use_dictionary=True)
+    write_stories(tmp_path / "b.txt.gz", [f"later {number} {'y' * 200}" for number in range(3000)])
+    data = config(tmp_path, validation_fraction=0.01)
+    limit = 400_000
+    sample = list(sample_documents(plan(data), data, max_bytes=limit))
+    size = sum(map(len, sample))
+    assert 0.9 * limit < size <= limit
+    first = sum(len(text) for text in sample if text.startswith("often"))
+    assert 0.3 < first / size < 0.7
+    # The same documents, whatever order they come in.
+    backwards = list(sample_documents(plan(data)[::-1], data, max_bytes=limit))
+    assert sorted(backwards) == sorted(sample)
+
+
+def test_a_sample_smaller_than_a_document_says_what_to_type(tmp_path):
+    path = write_stories(tmp_path / "a.jsonl", ["long " * 1000, "longer " * 1000])
+    data = config(path, validation_fraction=0.01)
+    with pytest.raises(InputError, match=r"--tokenizer\.max_sample_bytes 10000 or more"):
+        list(sample_documents(plan(data), data, max_bytes=1000))
 
 
 def test_a_corpus_without_anything_to_train_on_says_what_became_of_it(tmp_path):
     path = write(tmp_path / "a.jsonl", jsonl(["short", "short too"]) + b"{}\n")
     data = config(path, on_bad_record="skip")
     with pytest.raises(InputError, match="Of 3 documents, 1 are broken records, 2 are shorter"):
-        list(sample_documents(find_parts(data), data, max_bytes=1000))
+        list(sample_documents(plan(data), data, max_bytes=1000))
 
 
 def test_toy_stories_are_cut_without_a_gap():
@@ -546,7 +615,7 @@ def test_toy_stories_are_cut_without_a_gap():
 def test_real_stories_are_all_read(shared_data):
     folder = shared_data / "tinystories"
     data = config(folder)
-    for part in find_parts(data):
+    for part in plan(data):
         counts = Counts()
         texts = list(read_documents(part, data, counts))
         assert counts.documents_read == pq.read_metadata(part.path).num_rows
@@ -555,7 +624,7 @@ def test_real_stories_are_all_read(shared_data):
             for text in pq.read_table(part.path)["text"].to_pylist()
             if len(text.strip()) >= data.min_document_characters
         ]
-    assert {part.split for part in find_parts(data)} == {"train", "validation"}
+    assert {part.split for part in plan(data)} == {"train", "validation"}
 
 
 MEASURE = """
@@ -568,7 +637,7 @@ def peak(): return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status
 data = DataConfig(paths=(sys.argv[1],), on_bad_record="skip")
 before = peak()
 counts, size = Counts(), 0
-for part in find_parts(data):
+for part in find_parts(data, part_bytes=64 << 20):
     for text in read_documents(part, data, counts):
         size += len(text)
 print(peak() - before, size, counts.documents_read)

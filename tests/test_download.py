@@ -247,7 +247,7 @@ def test_a_download_is_whole_and_the_next_call_needs_no_network(hub, folder, sou
 def test_the_corpus_called_tinystories_is_split_by_its_files(hub):
     data = config("huggingface")
     documents: dict[str, int] = {}
-    for part in find_parts(data):
+    for part in find_parts(data, part_bytes=1 << 20):
         count = sum(1 for _ in read_documents(part, data, Counts()))
         documents[part.split] = documents.get(part.split, 0) + count
     assert documents == {"train": 8000, "validation": 4000}
@@ -427,11 +427,39 @@ def test_a_refusal_is_final_and_a_busy_host_is_asked_again(hub, waits, status, t
 
 def test_a_host_without_the_files_is_named(hub):
     hub.listed = {"README.md": b"about"}
-    with pytest.raises(InputError, match=r"lists no train-\*\.parquet.*Check HF_ENDPOINT"):
+    with pytest.raises(InputError, match=r"lists no whole set.*Check HF_ENDPOINT"):
         download_tinystories(config("huggingface"))
     hub.listed = {}
     with pytest.raises(InputError, match="Check MODELSCOPE_ENDPOINT"):
         download_tinystories(config("modelscope"))
+
+
+def test_a_host_with_half_a_set_is_named_before_anything_is_downloaded(hub, folder):
+    del hub.listed[NAMES[1]]
+    with pytest.raises(InputError, match=r"lists no whole set.*Check HF_ENDPOINT"):
+        download_tinystories(config("huggingface"))
+    assert not list(folder.glob("*.parquet"))
+
+
+def test_two_processes_download_once(hub, folder, tmp_path):
+    hub.patience, hub.hangs = 3000, True
+    with another_process("modelscope", tmp_path, offline=False) as first:
+        partial = folder / f".{NAMES[0].split('/')[1]}.partial"
+        deadline = time.monotonic() + 30
+        while not (partial.exists() and partial.stat().st_size == hub.patience):
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        with another_process("modelscope", tmp_path, offline=False) as second:
+            assert second.stderr is not None
+            assert "waiting for it" in second.stderr.readline()
+            asked = hub.requests
+            first.kill()
+            hub.patience, hub.hangs = -1, False
+            second.communicate(timeout=30)
+            assert second.returncode == 0
+            assert hub.requests > asked
+    assert {name: hub.sent[name] for name in NAMES} == {n: len(hub.files[n]) for n in NAMES}
 
 
 def test_an_answer_that_is_no_list_is_refused(hub, monkeypatch):

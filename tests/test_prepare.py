@@ -1,12 +1,17 @@
 """Prepared data holds every document once, is made once, and is never stale, torn or half done."""
 
 import dataclasses
+import errno
 import json
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +20,8 @@ import pytest
 from tinyllm_jax.config import Config, DataConfig, ModelConfig, TokenizerConfig
 from tinyllm_jax.data import prepare as module
 from tinyllm_jax.data.batches import Batches
+from tinyllm_jax.data.corpus import Part, split_of
+from tinyllm_jax.data.groups import plan_groups, start_worker
 from tinyllm_jax.data.prepare import PreparedData, prepare
 from tinyllm_jax.data.shards import Split
 from tinyllm_jax.errors import InputError
@@ -163,6 +170,14 @@ def test_toy_stories_need_no_files():
     assert prepared.train.documents + prepared.validation.documents == 200
     assert [file["path"] for file in prepared.stats["files"]] == ["toy"]
     assert prepared.folder != run(Path("toy"), toy_documents=200, toy_seed=1).folder
+    more = run(Path("toy"), toy_documents=300)
+    assert more.train.documents + more.validation.documents == 300
+
+
+def test_another_story_grammar_makes_a_new_set(monkeypatch):
+    first = run(Path("toy"), toy_documents=200)
+    monkeypatch.setattr(module.toy_stories, "corpus_hash", lambda: "another")
+    assert run(Path("toy"), toy_documents=200).folder != first.folder
 
 
 def test_a_finished_set_is_used_again(stories_file):
@@ -238,17 +253,133 @@ def test_any_number_of_workers_writes_the_same_bytes(stories_file, small_groups,
     assert contents(together.folder) == before
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(stories_file, small_groups):
-    prepared = run(stories_file)
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, small_groups):
+    path = write_jsonl(tmp_path / "more.jsonl", make_stories(400))
+    prepared = run(path)
     before = contents(prepared.folder)
     (prepared.folder / "manifest.json").unlink()
     (prepared.folder / "00001.json").unlink()
     (prepared.folder / "00002.train.npy").write_bytes(b"half a shard")
     (prepared.folder / ".00003.train.npy.1.tmp").write_bytes(b"of a killed run")
+    (prepared.folder / "00003.json").write_bytes(before["00003.json"][:-9])
+    flipped = before["00004.train.npy"]
+    (prepared.folder / "00004.train.npy").write_bytes(flipped[:-1] + bytes([flipped[-1] ^ 1]))
     done = (prepared.folder / "00000.train.npy").stat().st_mtime_ns
-    again = run(stories_file)
+    again = run(path)
     assert contents(again.folder) == before
     assert (again.folder / "00000.train.npy").stat().st_mtime_ns == done
+
+
+def test_groups_are_of_one_split_and_none_is_small_beside_others():
+    sizes = [900, 200, 950, 700, 400, 1000, 60]
+    parts = [
+        Part(split, f"{number}.txt", 0, size, size)
+        for number, size in enumerate(sizes)
+        for split in ("train", "validation")
+    ]
+    groups = plan_groups(parts, group_bytes=1000)
+    for split in ("train", "validation"):
+        own = [group for group in groups if {part.split for part in group.parts} == {split}]
+        joined = [part for group in own for part in group.parts]
+        assert joined == [part for part in parts if part.split == split]
+        assert len(own) == 4
+        assert min(group.bytes for group in own) >= 500
+    assert [group.name for group in groups] == [f"{number:05d}" for number in range(8)]
+    (alone,) = plan_groups(parts[2:3], group_bytes=1000)
+    assert alone.bytes == 200
+
+
+def test_tokens_of_a_stream_shorter_than_a_window_are_counted(tmp_path, small_groups):
+    given = {
+        "tokenizer": TokenizerConfig(),
+        "validation_paths": (str(write_jsonl(tmp_path / "c.jsonl", make_stories(100, seed=2))),),
+    }
+    files = [
+        write_jsonl(tmp_path / "a.jsonl", make_stories(200)),
+        write_jsonl(tmp_path / "b.jsonl", [*["short"] * 2000, *make_stories(1, seed=1)]),
+    ]
+    prepared = run(*files, **given)
+    tokens = next(f["tokens"] for f in prepared.stats["files"] if f["path"] == str(files[1]))
+    for length, expected in ((tokens, tokens), (tokens - 1, 0)):
+        again = run(*files, sequence_length=length, **given)
+        assert again.folder == prepared.folder
+        assert again.stats["splits"]["train"]["unreachable_tokens"] == expected
+
+
+@pytest.fixture
+def many_groups(tmp_path, small_groups) -> Path:
+    """Give a corpus of so many groups that a run can be caught in the middle."""
+    return write_jsonl(tmp_path / "many.jsonl", make_stories(2000))
+
+
+def test_a_killed_worker_is_one_line_and_what_is_done_is_kept(
+    many_groups, data_folder, monkeypatch
+):
+    tokenise = module.tokenise_groups
+
+    def kill_workers(_: int) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    def tokenise_and_kill(*args, **options):
+        return tokenise(*args, **options | {"on_progress": kill_workers})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "tokenise_groups", tokenise_and_kill)
+        with pytest.raises(InputError, match=r"was killed.*Use --data\.workers 1 or"):
+            run(many_groups, workers=2)
+    (record, *_) = sorted((data_folder / "prepared").glob("*/0*.json"))
+    done = record.stat().st_mtime_ns
+    assert run(many_groups).train.documents > 1000
+    assert record.stat().st_mtime_ns == done
+
+
+def workers_of(parent: int) -> list[int]:
+    """List the running worker processes of a process."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, above = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            started = (folder / "cmdline").read_bytes()
+        except OSError:  # it has just ended
+            continue
+        if int(above) == parent and state != "Z" and b"spawn_main" in started:
+            found.append(int(folder.name))
+    return found
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_workers_are_gone_when_their_parent_is(many_groups, data_folder):
+    small = "import tinyllm_jax.data.prepare as room\nroom.GROUP_BYTES = 2000\n"
+    script = small + PREPARE.replace("workers=1", "workers=2")
+    with subprocess.Popen([sys.executable, "-c", script, str(many_groups)]) as parent:
+        wait_until(lambda: list((data_folder / "prepared").glob("*/0*.json")))
+        workers = workers_of(parent.pid)
+        parent.kill()
+    assert len(workers) == 2
+    wait_until(lambda: not any(map(is_running, workers)))
+
+
+def wait_until(condition, *, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_ctrl_c_is_left_to_the_parent():
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=start_worker) as pool:
+        worker = pool.submit(os.getpid).result()
+        pool.submit(os.kill, worker, signal.SIGINT).result()
+        assert pool.submit(os.getpid).result() == worker
 
 
 def test_errors_in_worker_processes_are_the_reader_s_own(tmp_path, small_groups):
@@ -322,6 +453,56 @@ def test_a_damaged_shard_is_noticed(stories_file, packing):
     run(stories_file, packing=packing).verify()
 
 
+@pytest.mark.parametrize("damage", ["missing", "other"])
+def test_the_tokenizer_of_a_set_is_the_one_it_was_made_with(stories_file, damage):
+    prepared = run(stories_file)
+    path = prepared.folder / "tokenizer.model"
+    if damage == "missing":
+        path.unlink()
+        message = "is missing"
+    else:
+        other = run(stories_file, tokenizer=TokenizerConfig(max_sentences=50))
+        assert other.tokenizer.hash != prepared.tokenizer.hash
+        other.tokenizer.save(prepared.folder)
+        message = "has sha256"
+    with pytest.raises(InputError, match=rf"tokenizer\.model: .*{message}.*Delete {path.parent}"):
+        run(stories_file)
+
+
+def test_a_damaged_manifest_says_what_to_delete(stories_file):
+    prepared = run(stories_file)
+    path = prepared.folder / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=rf"{path}: damaged.*Delete {prepared.folder}"):
+        run(stories_file)
+    shutil.rmtree(prepared.folder)
+    assert run(stories_file).dataset_hash == prepared.dataset_hash
+
+
+def test_a_finished_set_is_read_from_a_disk_that_takes_no_writes(stories_file, monkeypatch):
+    prepared = run(stories_file)
+
+    def refuse(path, **_):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(module, "locked", refuse)  # permissions do not bind the superuser
+    assert run(stories_file).folder == prepared.folder
+    with pytest.raises(OSError, match="Read-only"):
+        run(stories_file, packing="packed")
+
+
+def test_files_that_are_not_read_are_listed(tmp_path, capfd):
+    for name in ("train-0.jsonl", "val-0.jsonl", "test-0.jsonl"):
+        write_jsonl(tmp_path / "all" / name, make_stories(60, seed=len(name)))
+    (tmp_path / "all/val-0.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in make_stories(60, seed=99))
+    )
+    left_out = str(tmp_path / "all/test-0.jsonl")
+    for _ in range(2):
+        assert run(tmp_path / "all").stats["left_out_files"] == [left_out]
+        assert capfd.readouterr() == ("", f"Not read, by their names: {left_out}\n")
+
+
 def test_a_trained_tokenizer_is_used_again_until_its_input_changes(stories_file, data_folder):
     def trained() -> dict[Path, int]:
         files = (data_folder / "tokenizers").glob("*/tokenizer.*")
@@ -339,6 +520,9 @@ def test_a_trained_tokenizer_is_used_again_until_its_input_changes(stories_file,
     assert len(trained()) == 2
     run(stories_file, validation_fraction=0.4)
     assert len(trained()) == 3
+    os.utime(stories_file, ns=(0, 1))
+    run(stories_file)
+    assert len(trained()) == 4
 
 
 def test_a_given_tokenizer_is_used_as_it_is(stories_file, tmp_path, data_folder):
@@ -361,6 +545,31 @@ def test_an_empty_validation_split_says_what_to_type(tmp_path):
         run(path, validation_fraction=0.0001)
     fraction = str(caught.value).split("--data.validation_fraction ")[1].split(",")[0]
     assert run(path, validation_fraction=float(fraction)).validation.documents > 0
+
+
+def test_an_empty_training_split_says_what_to_type(tmp_path, stories_file):
+    tokenizer = TokenizerConfig(path=str(run(stories_file).tokenizer.save(tmp_path)))
+    held_out = [
+        story
+        for story in make_stories(100)
+        if split_of(story, DataConfig(validation_fraction=0.4)) == "validation"
+    ]
+    path = write_jsonl(tmp_path / "few.jsonl", held_out[:3])
+    with pytest.raises(InputError, match="leaves none for the train split.*fraction 0.2, give"):
+        run(path, validation_fraction=0.4, tokenizer=tokenizer)
+
+
+def test_training_text_that_is_all_held_out_or_broken_is_said_to_be_so(tmp_path, stories_file):
+    tokenizer = TokenizerConfig(path=str(run(stories_file).tokenizer.save(tmp_path)))
+    given = {"tokenizer": tokenizer, "on_bad_record": "skip"}
+    copy = write_jsonl(tmp_path / "copy.jsonl", make_stories(30))
+    with pytest.raises(InputError, match="The train files.*: of 30 read.* 30 are validation text"):
+        run(copy, validation_paths=(str(stories_file),), **given)
+    copy.write_text('{"title": "no text"}\n' * 7)
+    with pytest.raises(InputError, match="The train files.*: of 7 read, 7 are broken records"):
+        run(copy, validation_paths=(str(stories_file),), **given)
+    with pytest.raises(InputError, match="The files hold no document.*: of 7 read, 7 are broken"):
+        run(copy, **given)
 
 
 def test_a_stream_shorter_than_a_window_says_what_to_type(stories_file):
@@ -397,7 +606,7 @@ def test_stats_account_for_every_document_and_token(tmp_path):
     )
     first, second = prepared.stats["files"]
     assert (first["documents_read"], first["documents_kept"]) == (152, 150)
-    assert first["too_short"] + first.get("empty", 0) == 2
+    assert first["too_short"] == 2
     assert second["documents_read"] == second["documents_kept"] == 50
     splits = prepared.stats["splits"].values()
     tokens = sum(split["tokens"] for split in splits)

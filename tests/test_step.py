@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinyllm_jax.config import Config
+from tinyllm_jax.config import Config, OptimizerConfig
 from tinyllm_jax.model.weights import initial_weights, merge_weights, model_structure
 from tinyllm_jax.objectives.losses import cross_entropy_sum
 from tinyllm_jax.objectives.pretrain import count_targets, next_token_loss
@@ -213,6 +213,83 @@ def test_dropout_differs_between_steps_and_passes_and_repeats_with_the_seed():
     assert float(step(second, batch)[1]["loss"]) != loss
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
     assert float(stepper(other)(first, batch)[1]["loss"]) != loss
+
+
+def test_every_pass_drops_out_other_places():
+    config = small_config(
+        model__residual_dropout=0.5, train__batch_size=2, train__gradient_accumulation_steps=2
+    )
+    batch = random_batch(0, rows=2, masked=False)
+    twice = {name: np.concatenate([rows, rows]) for name, rows in batch.items()}
+    state = new_state(config, initial_weights(config.model, seed=0))
+    alike = stepper(small_config(model__residual_dropout=0.5, train__batch_size=2))
+    state_of_one_pass = new_state(config, initial_weights(config.model, seed=0))
+    both = float(stepper(config)(state, twice)[1]["loss"])
+    # Equal keys would give both passes the loss of one; the step's own key gives a third.
+    structure, _ = model_structure(config.model)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.train.seed), 0), 2)
+    each = [
+        float(
+            jax.jit(next_token_loss)(
+                merge_weights(structure, state_of_one_pass.weights),
+                jax.tree.map(jnp.asarray, batch),
+                key,
+            )
+        )
+        for key in keys
+    ]
+    assert each[0] != each[1]
+    assert both == pytest.approx(sum(each) / twice["loss_mask"].sum(), rel=1e-5)
+    assert float(alike(state_of_one_pass, batch)[1]["loss"]) != pytest.approx(both, rel=1e-6)
+
+
+def test_a_batch_without_targets_changes_no_weight_by_its_loss():
+    config = small_config(optimizer__weight_decay=0.0)
+    batch = random_batch(0, rows=4, masked=False)
+    batch["loss_mask"] = np.zeros_like(batch["loss_mask"])
+    state = new_state(config, initial_weights(config.model, seed=0))
+    after, numbers = stepper(config)(state, batch)
+    assert float(numbers["loss"]) == 0.0
+    for name, weight in state.weights.items():
+        np.testing.assert_array_equal(after.weights[name], weight)
+
+
+def test_the_learning_rate_of_a_step_is_that_of_its_update():
+    config = small_config()
+    step, batch = stepper(config), random_batch(0, rows=4, masked=False)
+    state = new_state(config, initial_weights(config.model, seed=0))
+    for update in (1, 2, 3):
+        state, numbers = step(state, batch)
+        assert float(numbers["learning_rate"]) == pytest.approx(1e-2 * update / 5)
+
+
+OPTIMIZER_CHANGES = {
+    "learning_rate": 2e-2,
+    "min_learning_rate": 5e-3,
+    "warmup_steps": 3,
+    "decay_steps": 7,
+    "weight_decay": 0.5,
+    "beta1": 0.5,
+    "beta2": 0.5,
+    "epsilon": 1e-2,
+    "max_grad_norm": 0.01,
+}
+
+
+def weights_after(config: Config, steps: int) -> np.ndarray:
+    step, state = stepper(config), new_state(config, initial_weights(config.model, seed=0))
+    for number in range(steps):
+        state, _ = step(state, random_batch(number, rows=4, masked=False))
+    return np.asarray(state.weights["layers.0.mlp.up_proj.kernel"])
+
+
+def test_every_optimizer_setting_changes_the_weights():
+    names = {field.name for field in dataclasses.fields(OptimizerConfig)}
+    assert set(OPTIMIZER_CHANGES) == names
+    plain = weights_after(small_config(), 8)
+    for name, value in OPTIMIZER_CHANGES.items():
+        changed = weights_after(small_config(**{f"optimizer__{name}": value}), 8)
+        assert np.abs(changed - plain).max() > 1e-5, name
 
 
 def test_training_lowers_the_loss_of_a_batch():

@@ -298,6 +298,23 @@ def test_a_post_processor_adds_no_tokens(bytelevel, tmp_path):
     assert load_tokenizer(path).encode("the dog") == bytelevel.encode("the dog")
 
 
+def test_a_file_that_cuts_or_pads_text_does_neither_here(bytelevel, tmp_path):
+    from tokenizers import Tokenizer as Library
+
+    library = Library.from_str(bytelevel.to_bytes().decode())
+    library.enable_truncation(8)
+    library.enable_padding(length=100)
+    path = tmp_path / "tokenizer.json"
+    library.save(str(path))
+    for text in (STORIES[0], "the dog"):
+        assert load_tokenizer(path).encode(text) == bytelevel.encode(text)
+
+
+def test_text_that_the_trainer_leaves_out_is_refused():
+    with pytest.raises(InputError, match=r"U\+2585.*--tokenizer\.kind bytelevel"):
+        train_tokenizer(["\u2585" * 20] * 3, config=TokenizerConfig(), vocab_size=300)
+
+
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytelevel"])
 def test_a_vocabulary_larger_than_the_text_allows_names_the_largest(kind):
     with pytest.raises(InputError, match="model.vocab_size=9000 is more than") as caught:

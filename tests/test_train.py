@@ -1,6 +1,7 @@
 """The command as a person meets it: what it prints and leaves, and what bad input gets."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,9 @@ from conftest import SMALL_RUN, Command
 from tinyllm_jax import train
 from tinyllm_jax.cli import run
 from tinyllm_jax.data.toy_stories import generate_stories
+from tinyllm_jax.training import loop
 from tinyllm_jax.training.metrics import read_metrics
+from tinyllm_jax.training.step_log import StepLog
 
 STORIES = list(generate_stories(seed=1, start=0, stop=300))
 
@@ -57,8 +60,15 @@ def test_a_run_leaves_everything_that_is_promised(trained_run):
     looks = [row for row in rows if row["kind"] == "eval"]
     assert [row["step"] for row in looks] == [10, 20]
     assert looks[1]["loss"] < looks[0]["loss"]
+    validation = json.loads((trained_run / "dataset_stats.json").read_text())["splits"][
+        "validation"
+    ]
+    targets = validation["tokens"] - validation["documents"]  # every token but bos
+    bits = looks[1]["loss"] / math.log(2) * targets
+    assert looks[1]["bits_per_byte"] == pytest.approx(bits / validation["text_bytes"])
     expected = looks[1]["bits_per_byte"] / looks[1]["entropy_floor_bits_per_byte"] - 1
     assert looks[1]["above_floor_share"] == pytest.approx(expected)
+    assert looks[1]["entropy_floor_bits_per_byte"] == pytest.approx(0.2056, rel=0.05)
     assert [row["step"] for row in rows if row["kind"] == "sample"] == [10, 20]
     speeds = [row for row in rows if row["kind"] == "speed"]
     assert all(0 <= row["data_wait_share"] < 1 for row in speeds)
@@ -84,7 +94,7 @@ def test_the_command_says_what_it_does_and_how_to_go_on(command: Command):
     ):
         assert words in done.stderr
     assert (
-        'tinyllm_jax.generate --checkpoint checkpoints/pretrain_tiny --prompt "Once' in done.stderr
+        "tinyllm_jax.generate --checkpoint checkpoints/pretrain_tiny --prompt 'Once" in done.stderr
     )
 
 
@@ -121,6 +131,42 @@ def test_losses_that_are_no_numbers_stop_the_run_with_a_message(folder, monkeypa
     assert kept["tokens"].shape == (4, 64)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--max-steps", "8", "--train.log_interval_steps", "100"],  # seen in the last write only
+        ["--max-steps", "50", "--train.log_interval_steps", "40"],  # ended before it is seen
+    ],
+)
+def test_a_streak_that_is_seen_late_stops_the_run_all_the_same(flags, folder, monkeypatch):
+    bad_steps = range(1, 6)
+
+    def poison(self: StepLog, step: int, numbers: dict, **options) -> None:
+        streak = bad_steps.index(step) + 1 if step in bad_steps else 0
+        add(self, step, numbers | {"nonfinite_streak": np.int32(streak)}, **options)
+
+    add = StepLog.add
+    monkeypatch.setattr(StepLog, "add", poison)
+    limit = ["--train.max_nonfinite_steps", "4", "--out", "run"]
+    assert train.main([*SMALL_RUN, *limit, *flags]) == 1
+
+
+def test_a_validation_loss_that_is_no_number_is_reported_and_never_the_best(folder, monkeypatch):
+    losses = iter([float("nan"), 2.0, 3.0])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: next(losses))
+    flags = ["--max-steps", "3", "--train.eval_interval_steps", "1", "--out", "run"]
+    assert train.main([*SMALL_RUN, *flags]) == 0
+    looks = [row for row in read_metrics(Path("run/metrics.jsonl")) if row["kind"] == "eval"]
+    assert [row["loss"] for row in looks] == ["nan", 2.0, 3.0]
+    assert Path("run/best").resolve().name == "2"
+    assert "The lowest was 2.0000, at step 2." in Path("run/report.html").read_text()
+
+
+def test_several_data_flags_add_up(folder):
+    _, overrides, problems = train.read_command(["--data", "a", "b", "--data", "c"])
+    assert (overrides["data.paths"], problems) == (["a", "b", "c"], [])
+
+
 def test_all_problems_of_a_command_line_are_reported_at_once(folder, capsys):
     lines = refused(
         capsys,
@@ -136,7 +182,8 @@ def test_all_problems_of_a_command_line_are_reported_at_once(folder, capsys):
 
 
 def test_an_unknown_preset_names_those_there_are(folder, capsys):
-    (line,) = refused(capsys, "--config", "tinny")
+    line, other = refused(capsys, "--config", "tinny", "--batch-sze", "3")
+    assert other == "--batch-sze: no such flag. Did you mean '--batch-size'?"
     assert line.startswith("--config 'tinny': no such preset or file. Presets: ")
     assert "tiny" in line
 
@@ -212,6 +259,10 @@ def test_a_folder_that_is_no_run_is_never_written_to(folder, capsys):
         run(lambda: train.main([*SMALL_RUN, "--out", "run"]))
     assert "run: holds files that are no run." in capsys.readouterr().err
     assert [path.name for path in Path("run").iterdir()] == ["thesis.txt"]
+    Path("file").write_text("mine")
+    with pytest.raises(SystemExit):
+        run(lambda: train.main([*SMALL_RUN, "--out", "file"]))
+    assert "file: a file. Name a folder with --out." in capsys.readouterr().err
 
 
 def test_a_second_process_in_the_same_folder_is_refused(folder, capsys):

@@ -23,6 +23,8 @@ _ADVICE = {
     "TINYLLM_DATA_DIR, or change the permissions.",
     errno.ENOTDIR: "A file stands where a folder is needed. Name another folder.",
     errno.EISDIR: "A folder stands where a file is needed. Name a file.",
+    errno.ENAMETOOLONG: "The name is too long for this disk. Check for a missing space or quote, and "
+    "name a shorter one.",
     errno.EEXIST: "Something is already there. Name another folder with --out.",
 }
 

@@ -62,19 +62,21 @@ class ModelConfig:
     )
     attention: str = setting(
         "auto",
-        "attention kernel; auto is cudnn where it can run (GPU, bfloat16), else xla",
+        "attention kernel; auto is cudnn where it can run (GPU, bfloat16), xla for bfloat16 "
+        "elsewhere, reference for float32, float64 and attention dropout",
         choices=("auto", "xla", "cudnn", "reference"),
     )
 
     def __post_init__(self):
-        if self.head_dim == 0 and self.num_attention_heads > 0:
+        heads = self.num_attention_heads
+        if self.head_dim == 0 and heads > 0 and self.hidden_size % heads == 0:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
 
     def problems(self) -> list[str]:
         """List the rules between these settings that are broken."""
         found = []
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if self.head_dim * heads != self.hidden_size and self.hidden_size % heads:
+        if self.head_dim == 0:
             found.append(
                 f"model.num_attention_heads={heads} does not divide model.hidden_size="
                 f"{self.hidden_size}. Use one of {divisors(self.hidden_size)}, or set "
@@ -135,8 +137,9 @@ class TokenizerConfig:
         2, "bytelevel: a pair is merged when seen this often", unit="times", minimum=1
     )
     max_sample_bytes: int = setting(
-        500_000_000,
-        "text read for training; larger corpora are sampled evenly by document",
+        200_000_000,
+        "text to train on; larger corpora are sampled evenly by document; sentencepiece needs about "
+        "three times as much memory",
         unit="bytes",
         minimum=1000,
     )
@@ -295,7 +298,12 @@ class SamplingConfig:
         0.8, "divides the logits; 0 is greedy", minimum=0.0, flag="--temperature"
     )
     top_k: int = setting(
-        0, "only the k likeliest tokens; 0 is all", unit="tokens", minimum=0, flag="--top-k"
+        0,
+        "only the k likeliest tokens; 0 is all",
+        unit="tokens",
+        minimum=0,
+        maximum=1_000_000_000,
+        flag="--top-k",
     )
     top_p: float = setting(
         0.95,

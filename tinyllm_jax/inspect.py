@@ -68,6 +68,11 @@ def read_command(words: Sequence[str] | None) -> "tuple[Config, Checkpoint | Non
     )
     add_flags(parser, Config)
     arguments, overrides, problems = parse_flags(parser, Config, words)
+    problems += [
+        f"--{key} does nothing here. Name a run with --checkpoint to look at it."
+        for key in ("run.resume", "run.init_from", "run.auto_resume")
+        if key in overrides
+    ]
     if not arguments.checkpoint:
         return load_config(arguments.config or "tiny", overrides, problems), None
     if arguments.config:

@@ -31,6 +31,11 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     add_flags(parser, Config)
     arguments, overrides, problems = parse_flags(parser, Config, words)
+    problems += [
+        f"--{key} does nothing here: a run that goes on keeps its data. Leave it out."
+        for key in ("run.resume", "run.init_from", "run.auto_resume")
+        if key in overrides
+    ]
     config = load_config(arguments.config, overrides, problems)
     from tinyllm_jax.data.prepare import prepare
 

@@ -7,6 +7,7 @@ dataclass whose fields are sections. Keys are dotted (`model.hidden_size`), in T
 import argparse
 import dataclasses
 import difflib
+import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -136,8 +137,8 @@ def range_problem(key: str, value: Any, field: dataclasses.Field) -> str | None:
     unit = f" {rule['unit']}" if rule["unit"] else ""
     if rule["choices"] and value not in rule["choices"]:
         return f"{shown} is not one of the choices. Use one of {', '.join(rule['choices'])}."
-    if isinstance(value, float) and value != value:
-        return f"{shown} is not a number. Give one."
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{shown} is not a finite number. Give one."
     if rule["minimum"] is not None and value < rule["minimum"]:
         return f"{shown} is too small. Use {rule['minimum']}{unit} or more."
     if rule["above"] is not None and value <= rule["above"]:
@@ -235,7 +236,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
             names.append(field.metadata["flag"])
         extra: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
         if kind not in (bool, int, float, str):
-            extra = {"nargs": "+"}
+            extra = {"nargs": "+", "action": "extend"}
         groups[section].add_argument(
             *names,
             dest=key,

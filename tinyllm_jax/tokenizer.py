@@ -52,6 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
     add_flags(parser, TokenizerSettings)
     arguments, overrides, problems = parse_flags(parser, TokenizerSettings, words)
     settings = build(TokenizerSettings, [("", overrides)], problems)
+    refuse_useless(settings.tokenizer)
     vocab_size = build(Config, [("", {"model.vocab_size": arguments.vocab_size})]).model.vocab_size
 
     from tinyllm_jax.data.corpus import find_parts, sample_documents
@@ -79,6 +80,20 @@ def main(words: Sequence[str] | None = None) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def refuse_useless(tokenizer: TokenizerConfig) -> None:
+    """Refuse settings that say which tokenizer a run takes.
+
+    Raises:
+        InputError: names the setting.
+    """
+    for name in ("tokenizer.path", "tokenizer.retrain"):
+        if getattr(tokenizer, name.split(".")[1]):
+            raise InputError(
+                f"{name} is for training a model; this command always trains a tokenizer anew. "
+                "Leave it out."
+            )
 
 
 def folder_of(out: Path, *, file_name: str) -> Path:

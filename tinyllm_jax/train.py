@@ -8,8 +8,10 @@ Text becomes a tokenizer and token shards, a run folder is opened, and `fit` doe
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllm_jax.cli import run
@@ -38,39 +40,46 @@ def main(words: Sequence[str] | None = None) -> int:
     from tinyllm_jax.objectives.pretrain import make_pretraining
     from tinyllm_jax.training.loop import Identity, fit
     from tinyllm_jax.training.start import (
+        best_so_far,
         check_data,
         check_folder,
+        find_folder,
         find_start,
         first_state,
         open_folder,
     )
 
-    start = find_start(preset, overrides, problems, say=say)
-    config, folder = start.config, start.folder
-    if start.resumed and start.resumed.step >= config.train.max_steps:
-        say(
-            f"{start.resumed.folder}: the run is finished at step {start.resumed.step}. To train "
-            "longer, add --max-steps with a larger number."
-        )
-        return 0
+    try:
+        folder = find_folder(preset, overrides)
+    except InputError as error:
+        raise InputError("\n".join([str(error), *problems])) from None
     check_folder(folder)
-    set_up_jax(config)
-    lock = folder.parent / f".{folder.name}.lock"
-    with locked(lock, on_wait=lambda: refuse_second_run(start)):
+    lock = folder.resolve().parent / f".{folder.name}.lock"
+    with locked(lock, on_wait=lambda: refuse_second_run(folder)):
+        start = find_start(preset, overrides, problems, folder, say=say)
+        config = start.config
+        if start.resumed and start.resumed.step >= config.train.max_steps:
+            say(
+                f"{start.resumed.folder}: the run is finished at step {start.resumed.step}. To "
+                "train longer, add --max-steps with a larger number."
+            )
+            return 0
+        set_up_jax(config)
         prepared = prepare(with_tokenizer_of(start), progress=sys.stderr.isatty())
         check_data(start, prepared)
+        objective = make_pretraining(config, prepared)
         sample = make_sampler(config, prepared.tokenizer)
-        open_folder(start, prepared, say=say)
         say_what_starts(start, prepared)
+        open_folder(start, prepared, say=say)
         structure, _ = model_structure(config.model)
         outcome = fit(
-            make_pretraining(config, prepared),
+            objective,
             first_state(start),
             structure=structure,
             config=config,
             folder=folder,
             identity=Identity(prepared.tokenizer, prepared.dataset_hash),
-            best=start.resumed.best if start.resumed else None,
+            best=best_so_far(start),
             sample=sample,
         )
     return say_how_it_ended(start, outcome)
@@ -137,10 +146,10 @@ def make_sampler(config: Config, tokenizer: "Tokenizer") -> Callable[[Any], str]
     return sample
 
 
-def refuse_second_run(start: "Start") -> None:
+def refuse_second_run(folder: Path) -> None:
     """Refuse to write into a folder that another process trains in."""
     raise InputError(
-        f"{start.folder}: another process is training there. Wait for it, or name another folder "
+        f"{folder}: another process is training there. Wait for it, or name another folder "
         "with --out."
     )
 
@@ -185,10 +194,10 @@ def say_how_it_ended(start: "Start", outcome: "Outcome") -> int:
     if outcome.nonfinite:
         say(f"error: {outcome.nonfinite}")
         return 1
-    if outcome.stopped_by is not None:
+    if outcome.stopped_by is not None and step < start.config.train.max_steps:
         say(
             f"Stopped by {outcome.stopped_by.name}; step {step} is saved. Go on, exactly there, "
-            f"with:\n  python -m tinyllm_jax.train --resume {folder}"
+            f"with:\n  python -m tinyllm_jax.train --resume {shlex.quote(str(folder))}"
         )
         return 128 + outcome.stopped_by
     if outcome.best:
@@ -197,7 +206,8 @@ def say_how_it_ended(start: "Start", outcome: "Outcome") -> int:
     say(f"Loss curve and samples: {folder / 'report.html'}")
     say(
         "More of what it writes:\n"
-        f'  python -m tinyllm_jax.generate --checkpoint {folder} --prompt "{start.config.sampling.prompt}"'
+        f"  python -m tinyllm_jax.generate --checkpoint {shlex.quote(str(folder))} "
+        f"--prompt {shlex.quote(start.config.sampling.prompt)}"
     )
     return 0
 

@@ -105,7 +105,7 @@ class ByteLevelTokenizer:
 
 
 def parse(content: bytes, *, origin: str) -> Tokenizer:
-    """Read a tokenizer.json so that control tokens in a text stay text."""
+    """Read a tokenizer.json so that control tokens in a text stay text, and all of it is kept."""
     try:
         tokenizer = Tokenizer.from_str(content.decode("utf-8-sig"))
     except Exception as error:
@@ -115,6 +115,9 @@ def parse(content: bytes, *, origin: str) -> Tokenizer:
         ) from None
     # The file cannot say so, and without it a story with "</s>" in it would end there.
     tokenizer.encode_special_tokens = True
+    # Files saved after training another model may ask for both.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 

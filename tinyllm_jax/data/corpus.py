@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import heapq
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -10,9 +11,6 @@ from tinyllm_jax.config import DataConfig
 from tinyllm_jax.data import readers, toy_stories
 from tinyllm_jax.data.sources import TOY, Source, file_format, find_sources
 from tinyllm_jax.errors import InputError
-
-# Text of one part: seconds of one core.
-PART_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Counts:
         return asdict(self)
 
 
-def find_parts(data: DataConfig, *, part_bytes: int = PART_BYTES) -> list[Part]:
+def find_parts(data: DataConfig, *, part_bytes: int) -> list[Part]:
     """Plan the reading of a corpus: its files, told apart into splits and cut into parts.
 
     The plan depends on the files and settings alone; `sources.find_sources` says how file names
@@ -198,7 +196,7 @@ def split_of(text: str, data: DataConfig) -> str:
 
 
 def held_out_hashes(parts: tuple[Part, ...], data: DataConfig) -> frozenset[int]:
-    """Hash every document of the validation files: about 70 bytes of memory each."""
+    """Hash every document of the validation files: about 90 bytes of memory each."""
     states = [os.stat(part.path) for part in parts if not part.path.startswith(f"{TOY}:")]
     fingerprint = tuple((state.st_size, state.st_mtime_ns) for state in states)
     return _held_out_hashes(parts, data, fingerprint)
@@ -216,27 +214,34 @@ def _held_out_hashes(
 
 
 def sample_documents(parts: Sequence[Part], data: DataConfig, *, max_bytes: int) -> Iterator[str]:
-    """Read training documents, up to `max_bytes` of text.
+    """Read training documents, up to `max_bytes` of text, which are held in memory.
 
-    A larger corpus is sampled evenly: a hash of each document says whether it is taken.
+    Of a larger corpus come the documents with the smallest hashes, as many as fit: an even sample,
+    whatever the order and however the files are cut.
 
     Raises:
-        InputError: as `read_documents`, or there is no document to train on.
+        InputError: as `read_documents`, there is no document to train on, or none is small enough.
     """
-    parts = [part for part in parts if part.split != "validation"]
-    limit = min(1.0, max_bytes / max(1, sum(part.bytes for part in parts))) * 2**64
-    counts, training, size = Counts(), 0, 0
+    # Largest hash first; as UTF-8, since one emoji makes a `str` four times as large.
+    kept: list[tuple[int, int, bytes]] = []
+    counts, training, size, limit = Counts(), 0, 0, 2**64
     for part in parts:
+        if part.split == "validation":
+            continue
         for text in read_documents(part, data, counts):
             if part.split == "" and split_of(text, data) != "train":
                 continue
             training += 1
-            if text_hash(text, "sample") >= limit:
+            hashed = text_hash(text, "sample")
+            if hashed >= limit:
                 continue
-            size += len(text.encode())
-            if size > max_bytes:  # the estimate was low, or the hashes were
-                return
-            yield text
+            content = text.encode()
+            heapq.heappush(kept, (-hashed, training, content))
+            size += len(content)
+            while size > max_bytes:
+                limit = -kept[0][0]
+                while kept and -kept[0][0] == limit:  # all copies of a document
+                    size -= len(heapq.heappop(kept)[2])
     if not training:
         raise InputError(
             f"--data {' '.join(data.paths)}: nothing to train on. Of {counts.documents_read} "
@@ -245,3 +250,11 @@ def sample_documents(parts: Sequence[Part], data: DataConfig, *, max_bytes: int)
             f"{counts.also_in_validation} are validation text too and the rest fell to the "
             "validation split. Give more text, or check --data.text_field."
         )
+    if not kept:
+        raise InputError(
+            f"tokenizer.max_sample_bytes={max_bytes} is less than a single document has. Use "
+            f"--tokenizer.max_sample_bytes {10 * max_bytes} or more."
+        )
+    kept.sort(key=lambda entry: -entry[1])
+    while kept:  # each is forgotten once it is given
+        yield kept.pop()[2].decode()

@@ -163,12 +163,22 @@ def list_files(host: Host) -> list[RemoteFile]:
             "by hand."
         ) from None
     files = [file for file in files if PARQUET_NAME.fullmatch(file.name)]
-    if {file.name.split("-")[0] for file in files} != {"train", "validation"}:
+    if not is_complete([file.name for file in files]):
         raise InputError(
-            f"{host.url('')}: lists no train-*.parquet or no validation-*.parquet. Check "
-            f"{host.variable}, or use the other --data.download_source."
+            f"{host.url('')}: lists no whole set of train-K-of-N.parquet and "
+            f"validation-K-of-N.parquet. Check {host.variable}, or use the other "
+            "--data.download_source."
         )
     return sorted(files, key=lambda file: file.name)
+
+
+def is_complete(names: list[str]) -> bool:
+    """Tell names among which are every `train-K-of-N` and every `validation-K-of-N`."""
+    numbers: dict[tuple[str, int], set[int]] = {}
+    for match in filter(None, map(PARQUET_NAME.fullmatch, names)):
+        numbers.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
+    whole = {split for (split, count), found in numbers.items() if found == {*range(count)}}
+    return whole == {"train", "validation"}
 
 
 def huggingface_files(host: Host) -> list[RemoteFile]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -40,6 +41,11 @@ def sha256_of_file(path: Path) -> str:
     """Hash a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def free_name(path: Path) -> Path:
+    """Give the first of `path.1`, `path.2`, ... that is not there."""
+    return next(name for n in itertools.count(1) if not (name := Path(f"{path}.{n}")).exists())
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from tinyllm_jax.config import DataConfig
 from tinyllm_jax.data.corpus import Counts, Part, read_documents, split_of
 from tinyllm_jax.data.files import write_file
-from tinyllm_jax.data.shards import ShardRecord, ShardWriter, check_sizes, shard_writer
+from tinyllm_jax.data.shards import ShardRecord, ShardWriter, check_checksums, shard_writer
 from tinyllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tinyllm_jax.errors import InputError
 
@@ -59,15 +60,25 @@ class GroupRecord:
 
 
 def plan_groups(parts: Sequence[Part], *, group_bytes: int) -> list[Group]:
-    """Join neighbouring parts up to `group_bytes` of source, or one part where it is larger."""
+    """Join neighbouring parts of a split up to about `group_bytes` of source.
+
+    A group has at least half of that where the split does, since a stream shorter than a window is
+    never trained on.
+    """
     joined: list[list[Part]] = []
-    size = 0
-    for part in parts:
-        if not joined or size + part.bytes > group_bytes:
-            joined.append([])
-            size = 0
-        joined[-1].append(part)
-        size += part.bytes
+    for split in sorted({part.split for part in parts}):
+        own: list[list[Part]] = []
+        size = 0
+        for part in (part for part in parts if part.split == split):
+            if not own or (size >= group_bytes / 2 and size + part.bytes > group_bytes):
+                own.append([])
+                size = 0
+            own[-1].append(part)
+            size += part.bytes
+        if len(own) > 1 and size < group_bytes / 2:
+            last = own.pop()
+            own[-1] += last
+        joined += own
     return [Group(name=f"{index:05d}", parts=tuple(own)) for index, own in enumerate(joined)]
 
 
@@ -91,7 +102,7 @@ def tokenise_group(
             counts = Counts()
             tokens = text_bytes = 0
             for batch in batches_of(read_documents(part, data, counts)):
-                for text, ids in zip(batch, encode(batch, tokenizer, part=part), strict=True):
+                for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
                     split = part.split or split_of(text, data)
                     if split not in writers:
                         writers[split] = stack.enter_context(
@@ -130,25 +141,17 @@ def batches_of(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def encode(texts: list[str], tokenizer: Tokenizer, *, part: Part) -> list[list[int]]:
-    """Tokenise documents, naming their file when one of them is no Unicode text."""
-    try:
-        return tokenizer.encode_batch(texts)
-    except InputError as error:
-        raise InputError(f"{part.path}: {error}") from None
-
-
 def finished_group(group: Group, *, folder: Path) -> GroupRecord | None:
-    """Read the record of a group that an earlier run finished, or give None."""
+    """Read the record of a group that an earlier run finished whole, or give None."""
     path = folder / f"{group.name}.json"
     if not path.is_file():
         return None
-    record = group_record(json.loads(path.read_bytes()))
     try:
+        record = group_record(json.loads(path.read_bytes()))
         for shard in record.shards:
-            check_sizes(folder, shard)
-    except InputError:
-        return None
+            check_checksums(folder, shard)
+    except (InputError, ValueError, TypeError, KeyError):
+        return None  # damaged: the group is done again
     return record
 
 
@@ -198,6 +201,11 @@ def tokenise_groups(
             for job in as_completed(jobs):
                 records[jobs[job].name] = job.result()
                 on_progress(jobs[job].bytes)
+        except BrokenProcessPool:
+            raise InputError(
+                "A process that prepared text was killed, probably for lack of memory. Use "
+                f"--data.workers {processes // 2} or another smaller number; what is done is kept."
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

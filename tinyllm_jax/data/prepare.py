@@ -19,16 +19,23 @@ from tqdm import tqdm
 from tinyllm_jax.config import Config, DataConfig, data_dir
 from tinyllm_jax.data import toy_stories
 from tinyllm_jax.data.corpus import Part, find_parts, sample_documents
-from tinyllm_jax.data.files import locked, write_file
+from tinyllm_jax.data.files import locked, sha256_of_file, write_file
 from tinyllm_jax.data.groups import GroupRecord, plan_groups, tokenise_groups
-from tinyllm_jax.data.shards import ShardRecord, Split, check_checksums, open_split
+from tinyllm_jax.data.shards import (
+    ShardRecord,
+    Split,
+    check_checksums,
+    open_split,
+    prepare_again,
+)
+from tinyllm_jax.data.sources import find_left_out
 from tinyllm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from tinyllm_jax.errors import InputError
 
 # Source bytes of one restartable piece of work: seconds of one core.
 GROUP_BYTES = 32 << 20
 # Part of every key: raise it when the same input gives other shards than before.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class PreparedData:
     tokenizer: Tokenizer
     train: Split
     validation: Split
+    left_out_files: list[str]  # never read, by their names
 
     @property
     def dataset_hash(self) -> str:
@@ -48,8 +56,14 @@ class PreparedData:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """What was read, left out and kept: the content of `dataset_stats.json`."""
-        return self.manifest["stats"]
+        """What was read, left out and kept: the content of `dataset_stats.json`.
+
+        What one set cannot know is added here: a stream serves every sequence length.
+        """
+        stats = self.manifest["stats"]
+        splits = {name: dict(split) for name, split in stats["splits"].items()}
+        splits["train"]["unreachable_tokens"] = self.train.unreachable_tokens
+        return stats | {"splits": splits, "left_out_files": self.left_out_files}
 
     def verify(self) -> None:
         """Read every shard and compare its checksum.
@@ -76,27 +90,67 @@ def prepare(config: Config, *, progress: bool) -> PreparedData:
     settings = [document_settings(config.data), row_settings(config.data)]
     key = hash_of([FORMAT, GROUP_BYTES, sources, tokenizer.hash, settings])[:16]
     folder = data_dir() / "prepared" / key
-    with locked(folder.with_suffix(".lock"), on_wait=lambda: say_waiting(folder)):
-        if not (folder / "manifest.json").is_file():
-            write_set(config, parts, sources, tokenizer, folder=folder, progress=progress)
-    return open_prepared(folder, config.data)
+    if not is_finished(folder):  # a finished one is never written to, so its disk may be read-only
+        with locked(folder.with_suffix(".lock"), on_wait=lambda: say_waiting(folder)):
+            if not is_finished(folder):
+                write_set(config, parts, sources, tokenizer, folder=folder, progress=progress)
+    left_out = find_left_out(config.data)
+    if left_out:
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        print(f"Not read, by their names: {', '.join(left_out[:5])}{more}", file=sys.stderr)
+    return open_prepared(folder, config.data, left_out_files=left_out)
 
 
-def open_prepared(folder: Path, data: DataConfig) -> PreparedData:
+def is_finished(folder: Path) -> bool:
+    """Tell a set whose manifest, which is written last, is there."""
+    return (folder / "manifest.json").is_file()
+
+
+def open_prepared(folder: Path, data: DataConfig, *, left_out_files: list[str]) -> PreparedData:
     """Open a finished set, checking that its files have their sizes.
 
     Raises:
         InputError: a shard is damaged, or a split is too small to train on or to evaluate.
     """
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    tokenizer = load_tokenizer(folder / manifest["tokenizer_file"])
+    manifest = read_manifest(folder)
+    tokenizer = load_set_tokenizer(folder, manifest)
     records = shard_records(manifest)
     train, validation = (
         open_split(folder, records, name=name, data=data, pad_id=tokenizer.pad_id)
         for name in ("train", "validation")
     )
-    check_not_empty(train, validation, data, manifest["sources"])
-    return PreparedData(folder, manifest, tokenizer, train, validation)
+    check_not_empty(train, validation, data, manifest)
+    return PreparedData(folder, manifest, tokenizer, train, validation, left_out_files)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a finished set.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = folder / "manifest.json"
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}). {prepare_again(folder)}") from None
+
+
+def load_set_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
+    """Load the tokenizer that the shards of a set were made with.
+
+    Raises:
+        InputError: it is missing, damaged or another one.
+    """
+    path = folder / manifest["tokenizer_file"]
+    if not path.is_file():
+        raise InputError(f"{path}: the tokenizer of this set is missing. {prepare_again(folder)}")
+    if (found := sha256_of_file(path)) != manifest["tokenizer_hash"]:
+        raise InputError(
+            f"{path}: has sha256 {found}, and the shards beside it were made with "
+            f"{manifest['tokenizer_hash']}. {prepare_again(folder)}"
+        )
+    return load_tokenizer(path)
 
 
 def get_tokenizer(
@@ -119,8 +173,10 @@ def get_tokenizer(
     settings = dataclasses.asdict(config.tokenizer) | {"retrain": None, "vocab_size": wanted}
     key = hash_of([FORMAT, sources, document_settings(config.data), settings])[:16]
     folder = data_dir() / "tokenizers" / key
+    if not config.tokenizer.retrain and is_trained(folder):
+        return load_tokenizer(folder)
     with locked(folder.with_suffix(".lock"), on_wait=lambda: say_waiting(folder)):
-        if config.tokenizer.retrain or not list(folder.glob("tokenizer.*")):
+        if config.tokenizer.retrain or not is_trained(folder):
             documents = sample_documents(
                 parts, config.data, max_bytes=config.tokenizer.max_sample_bytes
             )
@@ -130,6 +186,11 @@ def get_tokenizer(
             tokenizer = train_tokenizer(iter(shown), config=config.tokenizer, vocab_size=wanted)
             tokenizer.save(folder)
         return load_tokenizer(folder)
+
+
+def is_trained(folder: Path) -> bool:
+    """Tell a folder that holds a tokenizer, which is always a whole one."""
+    return bool(list(folder.glob("tokenizer.*")))
 
 
 def write_set(
@@ -281,7 +342,7 @@ def row_settings(data: DataConfig) -> dict[str, Any]:
 
 
 def check_not_empty(
-    train: Split, validation: Split, data: DataConfig, sources: list[dict[str, Any]]
+    train: Split, validation: Split, data: DataConfig, manifest: dict[str, Any]
 ) -> None:
     """Refuse a split without documents, or a stream shorter than one window.
 
@@ -289,26 +350,29 @@ def check_not_empty(
         InputError: says which setting to change, and to what.
     """
     documents = train.documents + validation.documents
-    by_hash = any(source["split"] == "" for source in sources)
+    by_hash = any(source["split"] == "" for source in manifest["sources"])
     for split in (train, validation):
-        if not split.documents and by_hash and documents < 2:
+        if not split.documents and not (by_hash and documents):
+            files = "" if by_hash else f" {split.name}"
+            raise InputError(
+                f"The{files} files hold no document to use: of "
+                f"{left_out_counts(manifest, '' if by_hash else split.name, data)}. Give other "
+                "files with --data or --data.validation_paths."
+            )
+        if not split.documents and documents < 2:
             raise InputError(
                 f"All text together is {documents} document, and one is needed for each split. "
                 "Give --data.document_separator TEXT with what stands between documents, such as "
                 "$'\\n\\n' for blank lines, give --data.validation_paths, or give more text."
             )
-        if not split.documents and by_hash:
-            fraction = min(0.5, max(2 * data.validation_fraction, 10 / max(documents, 1)))
+        if not split.documents:
+            fraction = min(0.5, max(2 * data.validation_fraction, 10 / documents))
+            if split is train:
+                fraction = data.validation_fraction / 2
             raise InputError(
                 f"data.validation_fraction={data.validation_fraction} of {documents} documents "
                 f"leaves none for the {split.name} split. Use --data.validation_fraction "
                 f"{fraction:.2g}, give --data.validation_paths, or give more text."
-            )
-        if not split.documents:
-            raise InputError(
-                f"The {split.name} files hold no document of data.min_document_characters="
-                f"{data.min_document_characters} characters or more. Give other files with --data "
-                "or --data.validation_paths."
             )
         if data.packing != "stream":
             continue
@@ -320,6 +384,25 @@ def check_not_empty(
                 f"{longest} in a line. Use --data.sequence_length {longest - 1} or less, or give "
                 f"it more text{' with --data.validation_fraction' if by_hash else ''}."
             )
+
+
+def left_out_counts(manifest: dict[str, Any], split: str, data: DataConfig) -> str:
+    """Say why the files of a split gave nothing."""
+    own = {source["path"] for source in manifest["sources"] if source["split"] == split}
+    files = [
+        file
+        for file in manifest["stats"]["files"]
+        if file["path"] == "toy" or os.path.abspath(file["path"]) in own
+    ]
+    read, bad, short, copies = (
+        sum(file[name] for file in files)
+        for name in ("documents_read", "bad_records", "too_short", "also_in_validation")
+    )
+    return (
+        f"{read} read, {bad} are broken records, {short} are shorter than "
+        f"data.min_document_characters={data.min_document_characters} and {copies} are validation "
+        "text too"
+    )
 
 
 def hash_of(facts: Any) -> str:

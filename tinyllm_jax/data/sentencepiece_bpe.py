@@ -166,12 +166,12 @@ def train(
             minloglevel=2,
         )
     except RuntimeError as error:
-        explain_vocab_size(error, vocab_size=vocab_size)
+        explain(error, vocab_size=vocab_size)
     return SentencePieceTokenizer(model.getvalue(), origin=FILE_NAME)
 
 
-def explain_vocab_size(error: RuntimeError, *, vocab_size: int) -> NoReturn:
-    """Turn the trainer's complaint about a vocabulary size into one that says what to type."""
+def explain(error: RuntimeError, *, vocab_size: int) -> NoReturn:
+    """Turn the trainer's complaint about text or vocabulary size into what to type."""
     if found := re.search(r"set it to a value <= (\d+)", str(error)):
         raise InputError(
             f"model.vocab_size={vocab_size} is more than this text gives tokens for: "
@@ -181,6 +181,11 @@ def explain_vocab_size(error: RuntimeError, *, vocab_size: int) -> NoReturn:
         raise InputError(
             f"model.vocab_size={vocab_size} is less than the {found[1]} control tokens, bytes and "
             f"characters that this text needs. Use --model.vocab_size {found[1]} or more."
+        ) from None
+    if "sentences_.empty()" in str(error):
+        raise InputError(
+            "No line of the text is left to train a tokenizer on: SentencePiece leaves out those "
+            "with U+2585 in them. Give other text, or use --tokenizer.kind bytelevel."
         ) from None
     raise error
 

@@ -223,6 +223,14 @@ class Split:
     text_bytes: int
     tokens: int
 
+    @property
+    def unreachable_tokens(self) -> int:
+        """Count the tokens of streams shorter than a window, which training never draws."""
+        if self.packing != "stream":
+            return 0
+        sizes = (len(shard.tokens) for shard in self.shards)
+        return sum(size for size in sizes if size <= self.sequence_length)
+
 
 def open_split(
     folder: Path, records: list[ShardRecord], *, name: str, data: DataConfig, pad_id: int

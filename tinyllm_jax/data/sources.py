@@ -34,8 +34,10 @@ _KINDS = {
     "test": "test",
 }
 _WORD = "|".join(_KINDS)
-# train-00000-of-00004, validation.jsonl, TinyStories-valid.txt, c4-train.00000-of-01024.
-_NAMED = re.compile(rf"^({_WORD})(?=[-_.]|$)|[-_.]({_WORD})(?=$|[-_.]\d|\.)", re.IGNORECASE)
+# train-00000-of-00004, validation.jsonl.
+_BEGINS = re.compile(rf"({_WORD})(?=[-_.]|$)", re.IGNORECASE)
+# TinyStories-valid.txt, c4-train.00000-of-01024.
+_ENDS = re.compile(rf"(.+?)[-_.]({_WORD})(?=$|[-_.]\d|\.)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Found:
     """A file that a path on the command line stands for."""
 
     path: str
-    kind: str  # "training", "validation" or "test", by its name
+    names: tuple[str, ...]  # of the file, then of the folders round it below the given one
     explicit: bool  # the path is this file, rather than a folder or glob that holds it
 
 
@@ -75,15 +77,33 @@ def is_json(path: str) -> bool:
 def find_sources(data: DataConfig) -> list[Source]:
     """List the files of `data.paths` and `data.validation_paths`, each once, sorted by path.
 
-    File names (or the folders inside a given folder) that begin or end with `train`, `validation`,
-    `valid`, `val`, `dev` or `test` tell files apart; where all files are of one kind, their names
-    say nothing. Files of `data.validation_paths`, else those with validation names, are the
+    File names (or the folders inside a given folder) that begin with `train`, `validation`,
+    `valid`, `val`, `dev` or `test` tell files apart; one that ends so does where another has the
+    same beginning, as `stories.txt` and `stories-dev.txt`. Where all files are of one kind, their
+    names say nothing. Files of `data.validation_paths`, else those with validation names, are the
     validation split and everything else is trained on. Where there are neither, every document is
     split by its hash. Files of a test kind, and validation names beside `data.validation_paths`,
     are never read: left out of folders and globs, refused when named themselves.
 
     Raises:
         InputError: a path stands for nothing that can be read, or nothing is left to train on.
+    """
+    training, held_out, _ = choose_files(data)
+    sources = [Source(found.path, "train" if held_out else "") for found in training]
+    sources += [Source(found.path, "validation") for found in held_out]
+    return sorted(sources, key=lambda source: source.path)
+
+
+def find_left_out(data: DataConfig) -> list[str]:
+    """List the files that folders and globs of `data.paths` hold and `find_sources` leaves out."""
+    return sorted(found.path for found in choose_files(data)[2])
+
+
+def choose_files(data: DataConfig) -> tuple[list[Found], list[Found], list[Found]]:
+    """Tell the files to train on, to validate on and not to read.
+
+    Raises:
+        InputError: as `find_sources`.
     """
     held_out = find_files(data.validation_paths, data, flag="--data.validation_paths")
     taken = {os.path.realpath(found.path) for found in held_out}
@@ -92,26 +112,26 @@ def find_sources(data: DataConfig) -> list[Source]:
         for found in find_files(data.paths, data, flag="--data")
         if os.path.realpath(found.path) not in taken
     ]
-    if len({found.kind for found in given}) == 1:
-        training = given
-    else:
-        training = [found for found in given if found.kind == "training"]
-        if not held_out:
-            held_out = [found for found in given if found.kind == "validation"]
-        for found in given:
-            if found.explicit and found not in training and found not in held_out:
-                raise InputError(
-                    f"{found.path}: {found.kind} text by its name, which is never trained on. "
-                    "Leave it out of --data, add it to --data.validation_paths, or rename it."
-                )
+    kinds = kinds_of(given)
+    if len(set(kinds.values())) == 1:
+        kinds = dict.fromkeys(kinds, "training")
+    training = [found for found in given if kinds[found] == "training"]
+    if not held_out:
+        held_out = [found for found in given if kinds[found] == "validation"]
+    read = {*training, *held_out}
+    left_out = [found for found in given if found not in read]
+    for found in left_out:
+        if found.explicit:
+            raise InputError(
+                f"{found.path}: {kinds[found]} text by its name, which is never trained on. "
+                "Leave it out of --data, add it to --data.validation_paths, or rename it."
+            )
     if not training:
         raise InputError(
             f"--data {' '.join(data.paths)}: no training text; all files are validation or test "
             "text, by --data.validation_paths or by their names. Give training files too."
         )
-    sources = [Source(found.path, "train" if held_out else "") for found in training]
-    sources += [Source(found.path, "validation") for found in held_out]
-    return sorted(sources, key=lambda source: source.path)
+    return training, held_out, left_out
 
 
 def find_files(words: Sequence[str], data: DataConfig, *, flag: str) -> list[Found]:
@@ -137,8 +157,12 @@ def expand(word: str, data: DataConfig, *, flag: str) -> list[Found]:
     Raises:
         InputError: nothing is there, or nothing that can be read.
     """
+    if not word.strip():
+        raise InputError(
+            f"{flag} {word!r}: an empty name. Give a file or folder; `.` is the current folder."
+        )
     if word == TOY:
-        return [Found(TOY, "training", False)]
+        return [Found(TOY, (), False)]
     if word == TINYSTORIES:
         # Here, so that nothing of the network is loaded for text that lies on the disk.
         from tinyllm_jax.data.download import download_tinystories
@@ -148,7 +172,7 @@ def expand(word: str, data: DataConfig, *, flag: str) -> list[Found]:
         if place.is_file():
             if file_format(str(place)) is None:
                 raise InputError(f"{place}: not a known type of file. Use {KNOWN}.")
-            return [Found(str(place), kind_of([place.name]), True)]
+            return [Found(str(place), (place.name,), True)]
         if place.is_dir():
             return readable(walk(str(place)), str(place), flag=flag)
         if glob.has_magic(str(place)):
@@ -168,7 +192,11 @@ def walk(path: str) -> Iterator[str]:
         yield path
         return
     seen = set()  # a link may lead back to a folder above
-    for folder, folders, names in os.walk(path, followlinks=True):
+
+    def fail(error: OSError) -> None:
+        raise error  # `os.walk` would pass over a folder that may not be read
+
+    for folder, folders, names in os.walk(path, onerror=fail, followlinks=True):
         if os.path.realpath(folder) in seen:
             folders.clear()
             continue
@@ -216,13 +244,31 @@ def fixed_part(place: str) -> str:
 
 def found_in(path: str, folder: str) -> Found:
     """Describe a file of a folder, whose name or whose folders below the given one say its kind."""
-    return Found(path, kind_of(reversed(Path(os.path.relpath(path, folder or ".")).parts)), False)
+    names = Path(os.path.relpath(path, folder or ".")).parts
+    return Found(path, tuple(reversed(names)), False)
 
 
-def kind_of(names: Iterable[str]) -> str:
-    """Tell training, validation and test text by the first name that says it."""
-    for name in names:
-        match = _NAMED.search(name)
-        if match:
-            return _KINDS[(match[1] or match[2]).lower()]
-    return "training"
+def kinds_of(files: Sequence[Found]) -> dict[Found, str]:
+    """Tell training, validation and test text by the first name of each file that says it."""
+    # What the same beginning goes on with in other names: "" where it does not.
+    endings: dict[str, set[str]] = {}
+    for name in {name for found in files for name in found.names}:
+        begin, word = split_name(name)
+        endings.setdefault(begin, set()).add(word)
+
+    def kind(found: Found) -> str:
+        for name in found.names:
+            begin, word = split_name(name)
+            if match := _BEGINS.match(name):
+                return _KINDS[match[1].lower()]
+            if word and len(endings[begin]) > 1:
+                return _KINDS[word]
+        return "training"
+
+    return {found: kind(found) for found in files}
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Cut a name into what stands before the word of a split, and that word; endings are left out."""
+    match = _ENDS.match(name)
+    return (match[1], match[2].lower()) if match else (name.split(".")[0], "")

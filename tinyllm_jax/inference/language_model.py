@@ -48,7 +48,11 @@ class LanguageModel:
         Raises:
             InputError: not two axes of known ids, or longer than the context.
         """
-        tokens = self._checked(np.asarray(token_ids))
+        try:
+            array = np.asarray(token_ids)
+        except ValueError:
+            raise InputError("token_ids has rows of different lengths. Pad them.") from None
+        tokens = self._checked(array)
         if tokens.size == 0:
             return np.zeros((*tokens.shape, self.config.vocab_size), np.float32)
         # What stands before padding on the right cannot see it, and buckets save compilations.

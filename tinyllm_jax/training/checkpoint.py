@@ -27,13 +27,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from tinyllm_jax.config import Config, config_from_table, config_to_table
-from tinyllm_jax.data.files import sha256_of_file, write_file
+from tinyllm_jax.data.files import free_name, sha256_of_file, write_file
 from tinyllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.training.optim import Moments, read_moments
 from tinyllm_jax.training.step import TrainState
 
 FORMAT = 1
+# Orbax keeps a data file in memory until it has this size; by default 2 GB, a second checkpoint.
+DATA_FILE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ def write_step_folder(
         }
         with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             try:
-                checkpointer.save((partial / "state").absolute(), args=ocp.args.PyTreeSave(tree))
+                saved = ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=DATA_FILE_BYTES)
+                checkpointer.save((partial / "state").absolute(), args=saved)
             except ValueError as error:
                 raise _as_os_error(error, path=partial) from error
         meta = {
@@ -140,10 +143,13 @@ def write_step_folder(
         sums = {name: sha256_of_file(partial / name) for name in _files_below(partial)}
         write_file(partial / "checksums.json", json.dumps(sums, indent=1).encode())
         _flush_to_disk(partial)
+        replaced = folder.with_name(f".{folder.name}.removed")
         if folder.exists():
-            _remove(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+            folder.rename(replaced)
         partial.rename(folder)
         _flush_folder(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -155,7 +161,10 @@ def mark_best(run: Path, step: int) -> None:
     pointer = run / ".best.new"
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(Path("checkpoints") / str(step), target_is_directory=True)
-    pointer.replace(run / "best")
+    best = run / "best"
+    if best.is_dir() and not best.is_symlink():  # some ways to copy a run make it a folder
+        best.rename(free_name(best))
+    pointer.replace(best)
 
 
 def prune_checkpoints(run: Path, *, keep: int, best_step: int | None) -> None:
@@ -163,21 +172,22 @@ def prune_checkpoints(run: Path, *, keep: int, best_step: int | None) -> None:
     for step, folder in step_folders(run)[:-keep]:
         if step != best_step:
             _remove(folder)
-    for leftover in (run / "checkpoints").glob(".*"):
-        shutil.rmtree(leftover)
+    for pattern in (".*.partial", ".*.removed"):
+        for leftover in (run / "checkpoints").glob(pattern):
+            shutil.rmtree(leftover)
 
 
 def damage(folder: Path) -> str | None:
     """Say what is wrong with a step folder's files, or None when every checksum holds."""
     try:
         sums = json.loads((folder / "checksums.json").read_text())
-    except (OSError, ValueError) as error:
-        return f"checksums.json cannot be read ({error})"
-    for name, expected in sums.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if sha256_of_file(folder / name) != expected:
-            return f"{name} does not have its checksum"
+        for name, expected in dict(sums).items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if sha256_of_file(folder / name) != expected:
+                return f"{name} does not have its checksum"
+    except (OSError, ValueError, TypeError) as error:
+        return f"its files cannot be read and compared with checksums.json ({error})"
     unknown = set(_files_below(folder)) - set(sums) - {"checksums.json"}
     if unknown:
         return f"{sorted(unknown)[0]} was not there when it was written"
@@ -200,7 +210,7 @@ def find_checkpoint(path: Path, *, on_damaged: Callable[[str], None]) -> Path:
                 f"{path}: damaged checkpoint ({problem}). Name the run folder to take the newest "
                 "good one."
             )
-        return path
+        return path.resolve()  # `best` is another name for a step
     if not path.exists():
         raise InputError(f"{path}: no such folder. Name a run folder or one of its checkpoints.")
     folders = step_folders(path)
@@ -211,6 +221,10 @@ def find_checkpoint(path: Path, *, on_damaged: Callable[[str], None]) -> Path:
         on_damaged(f"{folder}: damaged checkpoint ({problem}); the one before it is used.")
     if folders:
         raise InputError(f"{path}: every checkpoint in it is damaged. Start again with --out NEW.")
+    if (path / "metrics.jsonl").is_file():
+        raise InputError(
+            f"{path}: this run has no checkpoint yet. Train it again without --resume."
+        )
     raise InputError(
         f"{path}: neither a run folder nor a checkpoint. Name a folder that holds checkpoints/."
     )
@@ -273,9 +287,9 @@ def _as_os_error(error: ValueError, *, path: Path) -> Exception:
 
 
 def _files_below(folder: Path) -> list[str]:
-    return sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
-    )
+    """List the files of a step folder, but hidden ones, which file managers leave behind."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return sorted(p.relative_to(folder).as_posix() for p in paths if not p.name.startswith("."))
 
 
 def _flush_to_disk(folder: Path) -> None:

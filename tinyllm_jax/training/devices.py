@@ -1,5 +1,6 @@
 """What the devices can do, for model FLOPs utilisation (MFU)."""
 
+import re
 import time
 
 import jax
@@ -13,6 +14,7 @@ PEAK_TFLOPS = {
     "gh200": 989.0,
     "h200": 989.0,
     "h100 pcie": 756.0,
+    "h100 nvl": 835.0,
     "h100": 989.0,
     "a100": 312.0,
     "a10g": 70.0,
@@ -42,7 +44,8 @@ PEAK_TFLOPS = {
 def known_peak_tflops(device_kind: str) -> float | None:
     """Look up a device's dense bfloat16 peak, or None when it is not in the table."""
     kind = device_kind.lower()
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in kind), None)
+    found = (peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", kind))
+    return next(found, None)
 
 
 def measured_tflops(*, seconds: float) -> float:

@@ -167,11 +167,14 @@ def fit(
             is_end = step == settings.max_steps
             is_look = is_end or step % settings.eval_interval_steps == 0
             is_save = is_end or step % config.checkpoint.interval_steps == 0
-            if log.nonfinite_streak >= settings.max_nonfinite_steps:
-                nonfinite = describe_nonfinite(step, streak=log.nonfinite_streak)
-            is_stop = wish.received is not None or bool(nonfinite)
+            is_stop = wish.received is not None
             if is_look or is_save or is_stop:
                 log.write(leave=0)
+            if log.longest_streak >= settings.max_nonfinite_steps:
+                log.write(leave=0)
+                nonfinite = describe_nonfinite(step, streak=log.longest_streak)
+                is_stop = True
+            if is_look or is_save or is_stop:
                 improved = is_look and look(step)
                 if is_save or is_stop or improved:
                     save(is_best=improved)

@@ -8,14 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from tinyllm_jax.data.files import write_file
+from tinyllm_jax.errors import InputError
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read all whole lines; a last line cut off by a crash is left out."""
+    """Read all whole lines; a last line cut off by a crash is left out.
+
+    Raises:
+        InputError: a line before that is not JSON.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(keepends=True), start=1):
+        if not line.endswith("\n") or not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not JSON ({error}). Remove that line.") from None
+    return rows
 
 
 class MetricsFile:

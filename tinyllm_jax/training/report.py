@@ -66,17 +66,19 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> str:
     looks = [row for row in rows if row["kind"] == "eval"]
     if not looks:
         return "No evaluation yet."
-    last, best = looks[-1], min(looks, key=lambda row: float(row["loss"]))
+    last = looks[-1]
     text = (
         f"Validation loss {float(last['loss']):.4f} nats per token "
-        f"({last['bits_per_byte']:.4f} bits per byte) at step {last['step']}; lowest "
-        f"{float(best['loss']):.4f} at step {best['step']}."
+        f"({float(last['bits_per_byte']):.4f} bits per byte) at step {last['step']}."
     )
+    if finite := [row for row in looks if is_number(row["loss"])]:
+        best = min(finite, key=lambda row: row["loss"])
+        text += f" The lowest was {best['loss']:.4f}, at step {best['step']}."
     if "above_floor_share" in last:
         text += (
             f" The entropy floor of the validation text is "
-            f"{last['entropy_floor_bits_per_byte']:.4f} bits per byte: the model is "
-            f"{last['above_floor_share']:.1%} above the best that any model can do."
+            f"{float(last['entropy_floor_bits_per_byte']):.4f} bits per byte: the model is "
+            f"{float(last['above_floor_share']):.1%} above the best that any model can do."
         )
     return text
 

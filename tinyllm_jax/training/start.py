@@ -1,18 +1,21 @@
 """Where a run lives and what it starts from: nothing, weights, or a checkpoint to go on with."""
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from tinyllm_jax.config import Config, config_to_table, load_config
-from tinyllm_jax.data.files import write_file
+from tinyllm_jax.config import Config, config_to_table, load_config, read_preset
+from tinyllm_jax.data.files import free_name, write_file
 from tinyllm_jax.data.prepare import PreparedData
 from tinyllm_jax.data.tokenizer import check_tokenizer_hash
 from tinyllm_jax.errors import InputError
+from tinyllm_jax.model.transformer import parameter_dtype
 from tinyllm_jax.model.weights import Weights, initial_weights
 from tinyllm_jax.settings import build, flatten
 from tinyllm_jax.training.checkpoint import (
@@ -23,7 +26,7 @@ from tinyllm_jax.training.checkpoint import (
     read_checkpoint,
     step_folders,
 )
-from tinyllm_jax.training.optim import write_moments
+from tinyllm_jax.training.optim import Moments, write_moments
 from tinyllm_jax.training.step import TrainState, new_state
 
 DEFAULT_PRESET = "tiny"
@@ -56,41 +59,71 @@ class Start:
         return self.resumed or self.initial
 
 
+def find_folder(preset: str | None, overrides: Mapping[str, Any]) -> Path:
+    """Name the run folder that a command line asks for, from the names in it alone.
+
+    `--out` names it; a resumed run goes on in its own; the default is `checkpoints/<mode>_<config>`.
+
+    Raises:
+        InputError: the checkpoint to resume, or the preset, is not there.
+    """
+    run = {key: value for key, value in overrides.items() if key.startswith("run.")}
+    if preset is not None:
+        run = read_preset(preset)[1] | run
+    if run.get("run.out"):
+        folder = Path(run["run.out"])
+        # A link, or `.`, is another name of the folder, which must have one name to be locked.
+        return folder.resolve() if folder.is_symlink() or not folder.name else folder
+    resume = run.get("run.resume", "none") or "none"
+    if resume != "none":
+        path = Path(resume)
+        if not path.exists():
+            raise InputError(
+                f"{path}: no such folder. Name a run folder or one of its checkpoints."
+            )
+        if path.resolve().parent.name == "checkpoints":
+            return path.resolve().parents[1]
+        return path
+    mode = run.get("run.mode", Config().run.mode)
+    return Path("checkpoints") / f"{mode}_{Path(preset or DEFAULT_PRESET).stem}"
+
+
 def find_start(
     preset: str | None,
     overrides: Mapping[str, Any],
     problems: Sequence[str],
+    folder: Path,
     *,
     say: Callable[[str], None],
 ) -> Start:
-    """Find settings, folder and checkpoint of a run.
+    """Find the settings of a run and the checkpoint that it starts from.
+
+    The run folder must be locked, so that no other process adds or removes checkpoints.
 
     Args:
         preset: What `--config` names. Without it, a resumed run keeps its own settings.
         overrides: Settings of the command line, under dotted keys.
         problems: What is already known to be wrong with the command line.
+        folder: The run folder.
         say: Tells the person something.
 
     Raises:
         InputError: settings break rules, or do not fit the checkpoint.
     """
-    resume = str(overrides.get("run.resume", ""))
-    if preset is None and resume not in ("", "none"):
-        resumed = read_checkpoint(find_checkpoint(Path(resume), on_damaged=say))
+    resumed = initial = None
+    if preset is None and overrides.get("run.resume", "") not in ("", "none"):
+        path = Path(overrides["run.resume"])
+        resumed = read_checkpoint(find_checkpoint(path, on_damaged=say))
         config = settings_of(resumed, overrides, problems)
     else:
-        resumed = None
         config = load_config(preset or DEFAULT_PRESET, overrides, problems)
     run = config.run
-    name = Path(preset or DEFAULT_PRESET).stem
-    folder = Path(run.out) if run.out else Path("checkpoints") / f"{run.mode}_{name}"
-    if run.resume not in ("", "none"):
-        resumed = resumed or read_checkpoint(find_checkpoint(Path(run.resume), on_damaged=say))
-        if not run.out and resumed.folder.parent.name == "checkpoints":
-            folder = resumed.folder.parents[1]
-    elif run.auto_resume and run.resume != "none" and step_folders(folder):
+    if resumed is None and run.resume not in ("", "none"):
+        resumed = read_checkpoint(find_checkpoint(Path(run.resume), on_damaged=say))
+    elif resumed is None and run.auto_resume and run.resume == "" and step_folders(folder):
         resumed = read_checkpoint(find_checkpoint(folder, on_damaged=say))
-    initial = None
+        if preset is None:
+            config = settings_of(resumed, overrides, problems)
     if run.init_from and not resumed:
         initial = read_checkpoint(find_checkpoint(Path(run.init_from), on_damaged=say))
     for checkpoint in (resumed, initial):
@@ -111,7 +144,8 @@ def settings_of(
         InputError: every problem found, one a line.
     """
     kept = flatten(config_to_table(checkpoint.config))
-    kept = {key: value for key, value in kept.items() if not key.startswith("run.")}
+    once = ("run.", "tokenizer.retrain")  # said of one command, not of the run
+    kept = {key: value for key, value in kept.items() if not key.startswith(once)}
     return build(Config, [(str(checkpoint.folder), kept), ("", overrides)], problems)
 
 
@@ -150,6 +184,11 @@ def check_resume(checkpoint: Checkpoint, config: Config, folder: Path) -> None:
             f"{checkpoint.folder}: --retrain-tokenizer would change what its ids mean. Leave it "
             "out, or start a new run with --out NEW."
         )
+    if not checkpoint.moments.first:
+        raise InputError(
+            f"{checkpoint.folder}: holds weights only, no optimizer state to go on with. Start a "
+            "new run from them with --init-from."
+        )
     if not is_run_of(checkpoint, folder):
         return
     later = [path for step, path in step_folders(folder) if step > checkpoint.step]
@@ -157,7 +196,7 @@ def check_resume(checkpoint: Checkpoint, config: Config, folder: Path) -> None:
     if good:
         raise InputError(
             f"{checkpoint.folder}: {good[-1]} is newer, and going on from here in the same folder "
-            f"would overwrite it. Use --resume {folder} to go on from the newest, or add --out "
+            f"would overwrite it. Use --resume {shlex.quote(str(folder))} to go on from the newest, or add --out "
             "NEW to branch off."
         )
 
@@ -198,6 +237,8 @@ def check_folder(folder: Path) -> None:
     Raises:
         InputError: the folder is a file, or holds files that are no run.
     """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: a file. Name a folder with --out.")
     if folder.is_dir() and any(folder.iterdir()) and not is_run(folder):
         raise InputError(
             f"{folder}: holds files that are no run. Name an empty or new folder with --out."
@@ -212,45 +253,57 @@ def is_run(folder: Path) -> bool:
 def open_folder(start: Start, prepared: PreparedData, *, say: Callable[[str], None]) -> None:
     """Make the run folder ready: an older run is set aside, a resumed one goes on."""
     folder, resumed = start.folder, start.resumed
+    metrics = b""
     if resumed and is_run_of(resumed, folder):
         for step, path in step_folders(folder):
             if step > resumed.step:  # damaged, or check_resume would have refused
-                path.rename(path.with_name(f"{step}.damaged"))
-        if resumed.best and (folder / "checkpoints" / str(resumed.best["step"])).is_dir():
-            mark_best(folder, resumed.best["step"])
+                path.rename(free_name(path.with_name(f"{step}.damaged")))
     else:
+        if resumed and resumed.folder.parent.name == "checkpoints":
+            path = resumed.folder.parents[1] / "metrics.jsonl"
+            metrics = path.read_bytes() if path.is_file() else b""
         if is_run(folder):
-            aside = next(
-                path for n in range(1, 10**6) if not (path := Path(f"{folder}.{n}")).exists()
-            )
+            aside = free_name(folder)
             folder.rename(aside)
             say(f"An earlier run was in {folder}: it is in {aside} now.")
         folder.mkdir(parents=True, exist_ok=True)
-        if resumed and resumed.folder.parent.name == "checkpoints":
-            metrics = resumed.folder.parents[1] / "metrics.jsonl"
-            if metrics.is_file():
-                write_file(folder / "metrics.jsonl", metrics.read_bytes())
-    prepared.tokenizer.save(folder)
-    stats = json.dumps(prepared.stats, indent=1)
-    write_file(folder / "dataset_stats.json", stats.encode())
+    # First, since it is what a run folder is known by.
     snapshot = json.dumps(config_to_table(start.config), indent=1)
     write_file(folder / SNAPSHOT, snapshot.encode())
+    stats = json.dumps(prepared.stats, indent=1)
+    write_file(folder / "dataset_stats.json", stats.encode())
+    prepared.tokenizer.save(folder)
+    if metrics:
+        write_file(folder / "metrics.jsonl", metrics)
+    if best := best_so_far(start):
+        mark_best(folder, best["step"])
+
+
+def best_so_far(start: Start) -> dict[str, Any] | None:
+    """Give step and loss of the best checkpoint that a resumed run still has in its folder."""
+    best = start.resumed.best if start.resumed else None
+    if best and (start.folder / "checkpoints" / str(best["step"])).is_dir():
+        return best
+    return None
 
 
 def first_state(start: Start) -> TrainState:
     """Make the state that training begins with."""
-    config = start.config
+    config, dtype = start.config, parameter_dtype(start.config.model)
     if start.source is None:
         return new_state(config, initial_weights(config.model, seed=config.train.seed))
-    weights: Weights = {name: jnp.array(array) for name, array in start.source.weights.items()}
+    weights: Weights = {
+        name: jnp.array(array, dtype) for name, array in start.source.weights.items()
+    }
     state = new_state(config, weights)
     if start.resumed is None:
         return state
-    streak = start.resumed.nonfinite_streak
+    moments, streak = start.resumed.moments, start.resumed.nonfinite_streak
+    first, second = jax.tree.map(lambda x: jnp.array(x, dtype), (moments.first, moments.second))
     return TrainState(
         step=jnp.asarray(start.resumed.step, jnp.int32),
         weights=weights,
-        optimizer_state=write_moments(state.optimizer_state, start.resumed.moments),
+        optimizer_state=write_moments(state.optimizer_state, Moments(moments.count, first, second)),
         # A run that stopped at the limit gets as many tries again.
         nonfinite_streak=jnp.asarray(streak % config.train.max_nonfinite_steps, jnp.int32),
     )

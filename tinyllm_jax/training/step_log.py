@@ -42,13 +42,14 @@ class StepLog:
         self._metrics, self._progress = metrics, progress
         self._peak_flops = peak_flops()
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self.nonfinite_streak = 0
+        self.longest_streak = 0  # steps in a row whose loss or gradient was not finite
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Begin a stretch of steps, so that speeds leave compiling and evaluating out."""
         self._start = self._last_write = time.perf_counter()
-        self._finished_steps, self._waited_seconds = 0, 0.0
+        # Steps that are done but not yet written were made before this stretch.
+        self._finished_steps, self._waited_seconds = -len(self._pending), 0.0
 
     def add(self, step: int, numbers: dict[str, jax.Array], *, waited_seconds: float) -> None:
         """Take the numbers of a step that was handed to the device.
@@ -78,8 +79,9 @@ class StepLog:
         last: dict[str, Any] = {}
         for step, numbers in zip(steps, fetched, strict=True):
             plain = {name: float(value) for name, value in numbers.items()}
-            self.nonfinite_streak = int(plain.pop("nonfinite_streak"))
-            is_skipped = self.nonfinite_streak > 0
+            streak = int(plain.pop("nonfinite_streak"))
+            self.longest_streak = max(self.longest_streak, streak)
+            is_skipped = streak > 0
             last = {"kind": "train", "step": step, **plain, "skipped": is_skipped}
             rows.append(last)
             if is_skipped:
@@ -101,7 +103,7 @@ class StepLog:
             learning_rate=last["learning_rate"],
             tokens_per_second=speed,
             mfu=mfu,
-            seconds_left=left * seconds / self._finished_steps,
+            seconds_left=left * seconds / max(self._finished_steps, 1),
         )
         return {
             "kind": "speed",

@@ -1,0 +1,352 @@
+"""What every format is read into and written from.
+
+Weights have Hugging Face's names without prefix (`layers.0.self_attn.q_proj.weight`,
+`lm_head.weight` only where the head is a matrix of its own). Matrices are [out, in], PyTorch's
+layout; rotary positions are half-split. Arrays may be views of files and need not be contiguous.
+"""
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from tinyllm_jax.config import Config, ModelConfig, config_from_table, config_to_table
+from tinyllm_jax.data.tokenizer import Tokenizer
+from tinyllm_jax.errors import InputError
+
+META_FORMAT = 1
+DTYPES: dict[str, np.dtype] = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+}
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass
+class Training:
+    """What a run needs, beside its weights, to go on as if it had never stopped."""
+
+    config: Config
+    step: int  # batches taken
+    count: int  # updates applied
+    first: Arrays  # running mean of the gradient, under the names and in the layout of the weights
+    second: Arrays  # running mean of its square
+    nonfinite_streak: int
+    seed: int
+    rows_per_step: int
+    dataset_hash: str  # "" where the source does not say which data it was
+    best: dict[str, Any] | None  # {"step", "loss"} of the lowest validation loss
+
+
+@dataclass
+class Bundle:
+    """One model, wherever it came from."""
+
+    model: ModelConfig
+    weights: Arrays
+    tokenizer: Tokenizer | None
+    training: Training | None  # None where the source has weights only
+    layout: dict[str, Any]  # what the source was like: format, rope, tied, transposed, dtype, notes
+
+    def note(self, text: str) -> None:
+        """Keep something for the report that a person should know."""
+        self.layout.setdefault("notes", []).append(text)
+
+
+def make_layout(
+    *, format: str, rope: str, tied: bool, transposed: bool, weights: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Describe how a source holds its weights; `transposed` is true for matrices [in, out]."""
+    return {
+        "format": format,
+        "rope": rope,
+        "tied": tied,
+        "transposed": transposed,
+        "dtype": dtype_names(weights.values()),
+    }
+
+
+def dtype_names(arrays: Iterable[np.ndarray]) -> str:
+    """Name the types of arrays, such as "float32" or "float16, float32"."""
+    return ", ".join(sorted({array.dtype.name for array in arrays}))
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """List every weight of a model with its shape, in the order of the forward pass."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    layer = {
+        "input_layernorm": (hidden,),
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, query),
+        "post_attention_layernorm": (hidden,),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, hidden)}
+    for index in range(config.num_hidden_layers):
+        shapes |= {f"layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+    shapes["norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def check_tensors(arrays: Mapping[str, np.ndarray], config: ModelConfig, *, origin: str) -> None:
+    """Refuse weights that are not exactly those of the model.
+
+    Raises:
+        InputError: every missing, unknown and misshapen tensor, by name, in one line.
+    """
+    shapes = expected_shapes(config)
+    missing = [name for name in shapes if name not in arrays]
+    unknown = [name for name in arrays if name not in shapes]
+    misshapen = [
+        f"{name} has shape {list(array.shape)} instead of {list(shapes[name])}"
+        for name, array in arrays.items()
+        if name in shapes and array.shape != shapes[name]
+    ]
+    not_numbers = [
+        f"{name} has type {array.dtype.name}"
+        for name, array in arrays.items()
+        if name in shapes and array.dtype not in DTYPES.values()
+    ]
+    problems = [f"missing: {', '.join(missing)}"] if missing else []
+    problems += [f"unknown: {', '.join(unknown)}"] if unknown else []
+    problems += [f"misshapen: {', '.join(misshapen)}"] if misshapen else []
+    problems += [f"of a type no weight has: {', '.join(not_numbers)}"] if not_numbers else []
+    if problems:
+        raise InputError(
+            f"{origin}: its tensors are not those of this Llama model ({'; '.join(problems)}). "
+            "Give the settings it was trained with, or convert it with the tool it came from."
+        )
+
+
+def check_tokenizer(bundle: Bundle, *, origin: str, may_be_smaller: bool) -> None:
+    """Refuse a tokenizer whose ids are not those of the model's embedding.
+
+    Args:
+        may_be_smaller: The embedding may have rows that the tokenizer has no token for, as
+            Hugging Face folders do that were padded to a round size.
+    """
+    tokenizer, rows = bundle.tokenizer, bundle.model.vocab_size
+    if tokenizer is None or tokenizer.vocab_size == rows:
+        return
+    if tokenizer.vocab_size < rows and may_be_smaller:
+        bundle.note(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the embedding {rows} rows; the "
+            "rows beyond are kept"
+        )
+        return
+    raise InputError(
+        f"{origin}: the tokenizer has {tokenizer.vocab_size} tokens and the model {rows}. Give the "
+        "one it was trained with, as --tokenizer PATH, or --tokenizer none to leave it out."
+    )
+
+
+def settle_tying(weights: Arrays, declared: bool | None, *, origin: str) -> bool:
+    """Decide whether the head is the embedding table, and drop its copy where it is.
+
+    Raises:
+        InputError: it is declared to be tied, and the file has another head.
+    """
+    head = weights.get("lm_head.weight")
+    if head is None:
+        return declared is not False
+    table = weights.get("embed_tokens.weight")
+    same = table is not None and table.shape == head.shape and np.array_equal(table, head)
+    if declared and not same:
+        raise InputError(
+            f"{origin}: tie_word_embeddings is true, and lm_head.weight is not the embedding "
+            "table. Set it to false in the file's config, or take lm_head.weight out."
+        )
+    tied = same if declared is None else declared
+    if tied:
+        del weights["lm_head.weight"]
+    return tied
+
+
+def model_config(fields: Mapping[str, Any], *, origin: str) -> ModelConfig:
+    """Make the settings of a model, checked as those of a run are.
+
+    Raises:
+        InputError: a value is out of range, or does not fit the others.
+    """
+    return default_run(fields, origin=origin).model
+
+
+def default_run(model: Mapping[str, Any], *, origin: str) -> Config:
+    """Make the settings of a run that trains this model, all others as they are by default.
+
+    Raises:
+        InputError: a value is out of range, or does not fit the others; in one line.
+    """
+    defaults = Config()
+    longest = model.get("max_position_embeddings", defaults.model.max_position_embeddings)
+    data: dict[str, Any] = {}
+    if isinstance(longest, int) and longest < defaults.data.sequence_length:
+        data["sequence_length"] = longest
+    try:
+        return config_from_table({"model": dict(model), "data": data}, origin="")
+    except InputError as error:
+        raise InputError(f"{origin}: its settings: {' '.join(str(error).splitlines())}") from None
+
+
+def run_config(bundle: Bundle) -> Config:
+    """Give the settings of the run a bundle comes from, or default ones around its model."""
+    if bundle.training:
+        return bundle.training.config
+    table = config_to_table(default_run(dataclasses.asdict(bundle.model), origin="model"))
+    if bundle.tokenizer:
+        table["tokenizer"]["kind"] = bundle.tokenizer.kind
+    return config_from_table(table, origin="model")
+
+
+def meta_table(bundle: Bundle) -> dict[str, Any]:
+    """Write all that is no array, in the form of a step folder's `meta.json`."""
+    config, training = run_config(bundle), bundle.training
+    step = training.step if training else 0
+    return {
+        "format": META_FORMAT,
+        "step": step,
+        "data_position": {"next_step": step, "rows_per_step": config.rows_per_step},
+        "seed": config.train.seed,
+        "config": config_to_table(config),
+        "tokenizer_hash": bundle.tokenizer.hash if bundle.tokenizer else "",
+        "dataset_hash": training.dataset_hash if training else "",
+        "best": training.best if training else None,
+        "count": training.count if training else 0,
+        "nonfinite_streak": training.nonfinite_streak if training else 0,
+        "layout": bundle.layout,
+    }
+
+
+def from_meta_table(
+    text: str,
+    *,
+    weights: Arrays,
+    first: Arrays,
+    second: Arrays,
+    tokenizer: Tokenizer | None,
+    format: str,
+    origin: str,
+) -> Bundle:
+    """Make a bundle of arrays and the text that `meta_table` gave.
+
+    Raises:
+        InputError: the text is no such table, or the arrays are not those of its model.
+    """
+    try:
+        meta = json.loads(text)
+        version = meta["format"]
+        table = meta["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{origin}: its metadata cannot be read ({error!r}). Convert the source again."
+        ) from None
+    if version != META_FORMAT:
+        raise InputError(
+            f"{origin}: checkpoint format {version}, this version reads {META_FORMAT}. Use the "
+            "version of tinyllm that wrote it."
+        )
+    config = config_from_table(table, origin=origin)
+    check_tensors(weights, config.model, origin=origin)
+    training = None
+    if first or second:
+        check_tensors(first, config.model, origin=f"{origin} (first moments)")
+        check_tensors(second, config.model, origin=f"{origin} (second moments)")
+        training = Training(
+            config=config,
+            step=int(meta["step"]),
+            count=int(meta["count"]),
+            first=first,
+            second=second,
+            nonfinite_streak=int(meta["nonfinite_streak"]),
+            seed=config.train.seed,
+            rows_per_step=config.rows_per_step,
+            dataset_hash=meta["dataset_hash"],
+            best=meta["best"],
+        )
+    layout = make_layout(
+        format=format,
+        rope="half-split",
+        tied=config.model.tie_word_embeddings,
+        transposed=False,
+        weights=weights,
+    )
+    return Bundle(config.model, weights, tokenizer, training, layout)
+
+
+def to_jax(arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """Rename `X.weight` [out, in] to `X.kernel` [in, out]; table and norms stay. Views, no copies."""
+    return dict(
+        (f"{name.removesuffix('weight')}kernel", array.T)
+        if _is_matrix(name, array)
+        else (name, array)
+        for name, array in arrays.items()
+    )
+
+
+def from_jax(arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """Undo `to_jax`."""
+    return dict(
+        (f"{name.removesuffix('kernel')}weight", array.T)
+        if name.endswith(".kernel")
+        else (name, array)
+        for name, array in arrays.items()
+    )
+
+
+def _is_matrix(name: str, array: np.ndarray) -> bool:
+    return array.ndim == 2 and name != "embed_tokens.weight"
+
+
+def cast_bundle(bundle: Bundle, dtype: str) -> Bundle:
+    """Give the same model with its weights in another type; moments stay as they are.
+
+    Raises:
+        InputError: a value is too large for the type.
+    """
+    wanted = DTYPES[dtype]
+    weights = {name: cast(name, array, wanted) for name, array in bundle.weights.items()}
+    return dataclasses.replace(bundle, weights=weights)
+
+
+def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Bring a weight to a type, refusing to make an infinity of a number."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore", under="ignore"):
+        converted = array.astype(dtype)
+    if dtype.itemsize < array.dtype.itemsize and not np.array_equal(
+        np.isfinite(converted), np.isfinite(array)
+    ):
+        raise InputError(
+            f"{name}: holds values too large for {dtype.name}. Use --dtype bfloat16 or float32."
+        )
+    return converted
+
+
+def digest(array: np.ndarray) -> tuple[str, tuple[int, ...], int]:
+    """Give type, shape and a checksum of the bytes, equal for arrays that are equal bit by bit."""
+    plain = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return array.dtype.name, array.shape, zlib.crc32(plain.data)
+
+
+def size_in_bytes(path: Path) -> int:
+    """Add up a file, or all files of a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

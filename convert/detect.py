@@ -1,0 +1,128 @@
+"""Tell what a source is by its content, never by its name alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from convert.bundle import Bundle
+from convert.formats import gguf, huggingface, llama2c, orbax, safetensors, torch_file
+from convert.tensor_file import looks_like_safetensors, read_tensors
+from tinyllm_jax.config import ModelConfig
+from tinyllm_jax.errors import InputError
+
+KNOWN = (
+    "a run or step folder, a Hugging Face folder, .pt or .pth of PyTorch, .safetensors, .bin of "
+    "llama2.c, or .gguf"
+)
+
+
+def detect(path: Path) -> str:
+    """Name the format of a path: orbax, safetensors, hf, torch, llama2c, gguf, or tensors.
+
+    "tensors" is a safetensors file of other hands, which holds no settings.
+
+    Raises:
+        InputError: there is nothing, or nothing known.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder. Give {KNOWN}.")
+    if path.is_dir():
+        return _detect_folder(path)
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: an empty file. Give {KNOWN}.")
+    for module in (gguf, torch_file):
+        if module.matches(path):
+            return module.NAME
+    if looks_like_safetensors(path):
+        return safetensors.NAME if safetensors.matches(path) else "tensors"
+    if llama2c.matches(path):
+        return llama2c.NAME
+    with open(path, "rb") as file:
+        start = file.read(4)
+    raise InputError(f"{path}: not a known format (it begins with {start!r}). Give {KNOWN}.")
+
+
+def newest_or_best(path: Path, *, prefer_best: bool, say: Callable[[str], None]) -> Path:
+    """Choose the checkpoint of a run folder.
+
+    Args:
+        prefer_best: Take the one of lowest validation loss where there is one, as `load` does;
+            otherwise the newest good one, from which training goes on.
+
+    Raises:
+        InputError: every checkpoint in it is damaged, or there is none.
+    """
+    folders = _step_folders(path)
+    best = path / "best"
+    if prefer_best and best.is_dir() and _is_step_folder(best):
+        return best
+    if not folders:
+        raise InputError(f"{path}: its checkpoints/ is empty. Give {KNOWN}.")
+    for folder in reversed(folders):
+        if orbax.matches(folder):
+            from tinyllm_jax.training.checkpoint import damage
+
+            problem = damage(folder)
+        else:
+            problem = safetensors.damage(folder)
+        if problem is None:
+            return folder
+        say(f"{folder}: damaged checkpoint ({problem}); the one before it is used.")
+    raise InputError(f"{path}: every checkpoint in it is damaged. Give another run.")
+
+
+def is_run_folder(path: Path) -> bool:
+    """Tell a folder that holds checkpoints."""
+    return path.is_dir() and (path / "checkpoints").is_dir()
+
+
+def read_tensor_file(path: Path, *, settings: ModelConfig | None) -> Bundle:
+    """Read a .safetensors file of other hands, with the config.json beside it."""
+    from convert.bundle import make_layout
+    from convert.names import foreign_model
+
+    arrays, _ = read_tensors(path)
+    beside, table = path.with_name("config.json"), None
+    if beside.is_file() and settings is None:
+        table = huggingface.read_config(path.parent)
+    model, weights, found = foreign_model(
+        arrays, table, settings=settings, certain=False, origin=str(path)
+    )
+    layout = make_layout(
+        format="safetensors",
+        rope=found["rope"],
+        tied=model.tie_word_embeddings,
+        transposed=False,
+        weights=weights,
+    )
+    bundle = Bundle(model, weights, None, None, layout)
+    if "preset" in found:
+        bundle.note(f"the file holds no settings; those of the preset {found['preset']} were taken")
+    return bundle
+
+
+def _detect_folder(path: Path) -> str:
+    for module in (orbax, safetensors, huggingface):
+        if module.matches(path):
+            return module.NAME
+    if is_run_folder(path):
+        folders = _step_folders(path)
+        return orbax.NAME if not folders or orbax.matches(folders[-1]) else safetensors.NAME
+    if any((path / name).is_file() for name in ("meta.json", "checksums.json")):
+        return orbax.NAME  # a damaged one, which its reader explains
+    weights = sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
+    if weights:
+        raise InputError(
+            f"{path}: {weights[0].name}, but no config.json that says what model it is. Put it "
+            f"there, or give the file itself with --config."
+        )
+    raise InputError(f"{path}: a folder with neither config.json nor checkpoints. Give {KNOWN}.")
+
+
+def _is_step_folder(path: Path) -> bool:
+    return orbax.matches(path) or safetensors.matches(path)
+
+
+def _step_folders(path: Path) -> list[Path]:
+    folder = path / "checkpoints"
+    found = [entry for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
+    return sorted((entry for entry in found if entry.is_dir()), key=lambda entry: int(entry.name))

@@ -1,0 +1,1 @@
+"""One module a format: `matches(path)` by content, `read(path, ...)` and `write(bundle, path)`."""

@@ -1,0 +1,67 @@
+"""Let a trained twin write: `python -m tinyllm_torch.generate --checkpoint DIR --prompt TEXT`.
+
+The story (prompt and continuation) goes to stdout, everything else to stderr. The flags are those
+of `python -m tinyllm_jax.generate`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from tinyllm_jax.cli import run
+from tinyllm_jax.config import GenerateConfig, SamplingConfig
+from tinyllm_jax.settings import Parser, add_flags, build, parse_flags
+
+# Stands between samples, on a line of its own.
+SEPARATOR = "-" * 40
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Generate as the command line says; 0 when done."""
+    checkpoint, sampling = read_command(words)
+    # Imported here so that --help and bad flags need not wait for torch.
+    from tinyllm_torch.inference.language_model import load
+
+    model = load(checkpoint)
+    found = model.continue_texts([sampling.prompt], sampling=sampling)
+    print(f"\n{SEPARATOR}\n".join(text for text, _ in found))
+    full = sum(ended == "context" for _, ended in found)
+    if full:
+        which = "It ends" if len(found) == 1 else f"{full} of {len(found)} end"
+        print(
+            f"{which} where the context of {model.config.max_position_embeddings} tokens "
+            "(model.max_position_embeddings) is full. Add --slide to go on.",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def read_command(words: Sequence[str] | None) -> tuple[str, SamplingConfig]:
+    """Read the command line as (checkpoint, checked settings)."""
+    parser = Parser(
+        prog="python -m tinyllm_torch.generate",
+        description="Let a trained model go on with a text, in PyTorch.",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help="run folder (its best checkpoint, else its newest), step folder, or anything that "
+        "convert reads",
+    )
+    add_flags(parser, GenerateConfig)
+    # Short here; `train` has a seed of its own under this name.
+    parser.add_argument(
+        "--seed",
+        dest="sampling.seed",
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="the same as --sampling.seed",
+    )
+    arguments, settings, problems = parse_flags(parser, GenerateConfig, words)
+    if not arguments.checkpoint:
+        problems.append("--checkpoint is missing. Name a run folder or one of its checkpoints.")
+    return arguments.checkpoint, build(GenerateConfig, [("", settings)], problems).sampling
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,203 @@
+"""A trained model with its tokenizer: text in, text out, or token ids in, logits out."""
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from tinyllm_jax.config import GenerateConfig, ModelConfig, SamplingConfig
+from tinyllm_jax.data.tokenizer import Tokenizer
+from tinyllm_jax.errors import InputError
+from tinyllm_jax.settings import build
+from tinyllm_torch.inference.generate import Generator
+from tinyllm_torch.model.transformer import Transformer
+from tinyllm_torch.model.weights import as_tensors, merge_weights, model_structure
+from tinyllm_torch.training.checkpoint import (
+    damage,
+    find_checkpoint,
+    holds_checkpoint,
+    read_checkpoint,
+)
+from tinyllm_torch.training.devices import default_device
+
+if TYPE_CHECKING:
+    from convert.bundle import Bundle
+
+
+class LanguageModel:
+    """A model that reads and writes text.
+
+    Args:
+        config: Shape and arithmetic.
+        weights: The flat dictionary of `tinyllm_torch.model.weights`, NumPy arrays or tensors.
+        tokenizer: The tokenizer that the model was trained with.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Any], tokenizer: Tokenizer):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.weights = as_tensors(weights, config, device=default_device())
+        self._generator = Generator(config)
+        structure, _ = model_structure(config)
+        self.model = merge_weights(structure, self.weights)
+
+    @torch.no_grad()
+    def logits(self, token_ids: Any) -> Float[np.ndarray, "batch seq vocab"]:
+        """Score every token of the vocabulary after each token, as float32.
+
+        Args:
+            token_ids: Whole numbers, [batch, seq]; no bos is added.
+
+        Raises:
+            InputError: not two axes of known ids, or longer than the context.
+        """
+        try:
+            array = np.asarray(token_ids)
+        except ValueError:
+            raise InputError("token_ids has rows of different lengths. Pad them.") from None
+        tokens = self._checked(array)
+        if tokens.size == 0:
+            return np.zeros((*tokens.shape, self.config.vocab_size), np.float32)
+        logits = self.model(torch.from_numpy(tokens).to(default_device()))
+        return logits.float().cpu().numpy()
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int = SamplingConfig.max_new_tokens,
+        temperature: float = SamplingConfig.temperature,
+        top_k: int = SamplingConfig.top_k,
+        top_p: float = SamplingConfig.top_p,
+        repetition_penalty: float = SamplingConfig.repetition_penalty,
+        greedy: bool = SamplingConfig.greedy,
+        seed: int = SamplingConfig.seed,
+        num_samples: int = SamplingConfig.num_samples,
+        slide: bool = SamplingConfig.slide,
+    ) -> list[str]:
+        """Go on with each prompt; every text begins with its prompt.
+
+        An empty prompt begins a new document. The settings are those of `SamplingConfig`.
+
+        Args:
+            prompts: One text or several.
+
+        Returns:
+            `num_samples` texts for each prompt, side by side.
+
+        Raises:
+            InputError: a setting is out of range, or a prompt fills the context.
+        """
+        settings = {
+            "sampling.max_new_tokens": max_new_tokens,
+            "sampling.temperature": temperature,
+            "sampling.top_k": top_k,
+            "sampling.top_p": top_p,
+            "sampling.repetition_penalty": repetition_penalty,
+            "sampling.greedy": greedy,
+            "sampling.seed": seed,
+            "sampling.num_samples": num_samples,
+            "sampling.slide": slide,
+        }
+        checked = build(GenerateConfig, [("", settings)])
+        found = self.continue_texts(
+            [prompts] if isinstance(prompts, str) else prompts, sampling=checked.sampling
+        )
+        return [text for text, _ in found]
+
+    def continue_texts(
+        self, prompts: Sequence[str], *, sampling: SamplingConfig
+    ) -> list[tuple[str, str]]:
+        """Do what `generate` does, and say why each text ended (`Continuation.ended`)."""
+        tokens = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
+        found = self._generator.generate(
+            self.weights, tokens, sampling=sampling, eos_id=self.tokenizer.eos_id
+        )
+        return [
+            (self.tokenizer.decode([*prompt, *sample.token_ids.tolist()]), sample.ended)
+            for prompt, samples in zip(tokens, found, strict=True)
+            for sample in samples
+        ]
+
+    def _checked(self, tokens: np.ndarray) -> np.ndarray:
+        vocab, limit = self.config.vocab_size, self.config.max_position_embeddings
+        if tokens.ndim != 2 or not (tokens.size == 0 or np.issubdtype(tokens.dtype, np.integer)):
+            raise InputError(
+                f"token_ids has shape {tokens.shape} and type {tokens.dtype}. Give whole numbers "
+                "as [batch, seq]."
+            )
+        if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab):
+            raise InputError(
+                f"token_ids goes from {tokens.min()} to {tokens.max()}, and model.vocab_size="
+                f"{vocab}. Use the tokenizer that the model was trained with."
+            )
+        if tokens.shape[1] > limit:
+            raise InputError(
+                f"token_ids has {tokens.shape[1]} tokens a row, and model.max_position_embeddings="
+                f"{limit}. Cut the rows."
+            )
+        return tokens.astype(np.int32)
+
+
+def load(path: str | Path) -> LanguageModel:
+    """Load a trained model and its tokenizer.
+
+    Says on stderr which step it is, and which damaged checkpoints were passed over.
+
+    Args:
+        path: A run folder of this package, of which `best` is taken or, where there is none, the
+            newest good checkpoint; or a step folder, or `best` itself; or anything else that
+            `convert` reads.
+
+    Raises:
+        InputError: there is no good checkpoint.
+    """
+    path, best = Path(path), Path(path) / "best"
+    if path.exists() and not holds_checkpoint(path):
+        # By name: to read one's own, convert need not be there.
+        bundle = importlib.import_module("convert").read(path, prefer_best=True, say=_say)
+        if bundle.tokenizer is None:
+            raise InputError(
+                f"{path}: holds no tokenizer. Convert it, with --tokenizer PATH, and load that."
+            )
+        return LanguageModel(bundle.model, bundle.weights, bundle.tokenizer)
+    folder = None
+    if best.is_dir():
+        problem = damage(best)
+        if problem is None:
+            folder = best
+        else:
+            _say(f"{best}: damaged checkpoint ({problem}); the newest good one is used.")
+    checkpoint = read_checkpoint(folder or find_checkpoint(path, on_damaged=_say))
+    _say(f"{checkpoint.folder}: step {checkpoint.step}")
+    return LanguageModel(checkpoint.config.model, checkpoint.weights, checkpoint.tokenizer)
+
+
+def model_from_bundle(bundle: "Bundle") -> Transformer:
+    """Make the model that a bundle of `convert` describes."""
+    structure, _ = model_structure(bundle.model)
+    return merge_weights(structure, as_tensors(bundle.weights, bundle.model, device="cpu"))
+
+
+def bundle_from_model(model: Transformer, tokenizer: Tokenizer | None) -> "Bundle":
+    """Describe a model as a bundle of `convert`, without anything of its training."""
+    weights = {name: weight.detach().cpu().numpy() for name, weight in model.named_parameters()}
+    layout = {
+        "format": "tinyllm_torch",
+        "rope": "half-split",
+        "tied": model.config.tie_word_embeddings,
+        "transposed": False,
+        "dtype": str(next(iter(weights.values())).dtype),
+    }
+    return importlib.import_module("convert.bundle").Bundle(
+        model=model.config, weights=weights, tokenizer=tokenizer, training=None, layout=layout
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,74 @@
+"""Pretraining: predict every next token of a corpus."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tinyllm_jax.config import Config
+from tinyllm_jax.data.batches import Batch, Batches, EvaluationBatches
+from tinyllm_jax.data.prepare import PreparedData
+from tinyllm_torch.objectives.losses import cross_entropy_sum
+from tinyllm_torch.training.loop import HostBatch, Objective
+
+
+def make_pretraining(config: Config, prepared: PreparedData) -> Objective:
+    """Give `fit` the batches and the loss of next-token prediction on a prepared corpus."""
+    train = Batches(prepared.train, rows_per_step=config.rows_per_step, seed=config.train.seed)
+    validation = EvaluationBatches(
+        prepared.validation, batch_size=config.train.batch_size, count=config.train.eval_batches
+    )
+    return Objective(
+        loss_sum=next_token_loss,
+        loss_weight=count_targets,
+        train_batch=lambda number: as_arrays(train.batch(number)),
+        evaluation_batches=lambda: map(as_arrays, validation),
+        describe_loss=loss_describer(prepared),
+    )
+
+
+def as_arrays(batch: Batch) -> HostBatch:
+    """Name the arrays of a batch, without those it has not."""
+    return {name: array for name, array in vars(batch).items() if array is not None}
+
+
+def next_token_loss(
+    model: Any, batch: dict[str, Tensor], generator: torch.Generator | None
+) -> Float[Tensor, ""]:
+    """Sum the cross-entropy of every target of a batch, in nats."""
+    logits = model(
+        batch["tokens"],
+        batch.get("positions"),
+        batch.get("segment_ids"),
+        generator=generator,
+    )
+    return cross_entropy_sum(logits, batch["targets"], batch["loss_mask"])
+
+
+def count_targets(batch: dict[str, Tensor]) -> Float[Tensor, ""]:
+    """Count the targets of a batch."""
+    return torch.sum(batch["loss_mask"], dtype=torch.float32)
+
+
+def loss_describer(prepared: PreparedData) -> Callable[[float], dict[str, float]]:
+    """Make the function that says a validation loss in other units.
+
+    - `perplexity`: exp of the loss.
+    - `bits_per_byte`: bits to encode the validation text with the model, for each UTF-8 byte of it;
+      comparable between vocabularies. The loss stands for every token that must be predicted,
+      which in a stream includes the bos of each document.
+    """
+    validation = prepared.validation
+    tokens = validation.tokens - (0 if validation.packing == "stream" else validation.documents)
+    tokens_per_byte = tokens / validation.text_bytes
+
+    def describe(loss: float) -> dict[str, float]:
+        return {
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": loss / math.log(2) * tokens_per_byte,
+        }
+
+    return describe

@@ -1,0 +1,187 @@
+"""The one training loop: every objective brings batches and a loss, `fit` does the rest."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyllm_jax.config import Config
+from tinyllm_jax.data.batches import prefetch
+from tinyllm_jax.data.tokenizer import Tokenizer
+from tinyllm_jax.training.metrics import MetricsFile
+from tinyllm_jax.training.progress import Progress
+from tinyllm_jax.training.report import write_report
+from tinyllm_jax.training.signals import stop_on_signals
+from tinyllm_torch.model.transformer import Transformer
+from tinyllm_torch.model.weights import Weights
+from tinyllm_torch.training.checkpoint import mark_best, prune_checkpoints, save_checkpoint
+from tinyllm_torch.training.step import (
+    LossSum,
+    LossWeight,
+    TrainState,
+    make_evaluation_step,
+    make_train_step,
+)
+from tinyllm_torch.training.step_log import StepLog
+
+HostBatch = dict[str, np.ndarray]
+# Batches that are made ahead of the step in hand.
+PREFETCH_DEPTH = 2
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run learns: its batches and its loss."""
+
+    loss_sum: LossSum
+    loss_weight: LossWeight
+    train_batch: Callable[[int], HostBatch]  # batch number, from 0; a pure function
+    evaluation_batches: Callable[[], Iterable[HostBatch]]  # always the same
+    describe_loss: Callable[[float], dict[str, float]]  # other ways to say a validation loss
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint must say about where its numbers come from."""
+
+    tokenizer: Tokenizer
+    dataset_hash: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    state: TrainState
+    best: dict[str, Any] | None  # {"step", "loss"} of the lowest validation loss
+    stopped_by: signal.Signals | None
+    nonfinite: str  # why the run stopped early, if losses or gradients were not finite
+
+
+def evaluate(
+    evaluation_step: Callable[..., Any], weights: Weights, batches: Iterable[HostBatch]
+) -> float:
+    """Average the loss over all targets of the batches, in nats per target."""
+    sums = [[float(x) for x in evaluation_step(weights, batch)] for batch in batches]
+    losses, targets = np.asarray(sums, np.float64).sum(axis=0)
+    return float(losses / targets)
+
+
+def fit(
+    objective: Objective,
+    state: TrainState,
+    *,
+    structure: Transformer,
+    config: Config,
+    folder: Path,
+    identity: Identity,
+    best: dict[str, Any] | None,
+    sample: Callable[[Weights], str],
+) -> Outcome:
+    """Train from `state` to `train.max_steps`, saving and looking on the way.
+
+    Batch number s - 1 makes step s, so a state and its step say everything about what comes next.
+
+    Args:
+        objective: Batches and loss.
+        state: New, or from a checkpoint.
+        structure: Structure of the model whose weights the state holds.
+        config: All settings.
+        folder: The run folder; metrics after the state's step are dropped and come again.
+        identity: Goes into every checkpoint.
+        best: Lowest validation loss so far, from the checkpoint.
+        sample: Writes a continuation with the weights, at each evaluation.
+    """
+    train_step = make_train_step(config, structure, objective.loss_sum, objective.loss_weight)
+    evaluation_step = make_evaluation_step(structure, objective.loss_sum, objective.loss_weight)
+    settings, first_step = config.train, state.step
+    nonfinite = ""
+    with (
+        MetricsFile(folder / "metrics.jsonl", resume_step=first_step) as metrics,
+        Progress(first_step=first_step, max_steps=settings.max_steps) as progress,
+        stop_on_signals() as wish,
+        prefetch(objective.train_batch, start_step=first_step, depth=PREFETCH_DEPTH) as batches,
+    ):
+        log = StepLog(
+            folder,
+            config=config,
+            train_batch=objective.train_batch,
+            metrics=metrics,
+            progress=progress,
+        )
+
+        def look(step: int) -> bool:
+            """Evaluate and sample; tell whether the loss is the lowest so far."""
+            nonlocal best
+            loss = evaluate(evaluation_step, state.weights, objective.evaluation_batches())
+            described, text = objective.describe_loss(loss), sample(state.weights)
+            metrics.write(
+                [
+                    {"kind": "eval", "step": step, "loss": loss, **described},
+                    {"kind": "sample", "step": step, "text": text},
+                ]
+            )
+            progress.show_evaluation(step=step, loss=loss, described=described, text=text)
+            if not math.isfinite(loss) or (best is not None and loss >= best["loss"]):
+                return False
+            best = {"step": step, "loss": loss}
+            return True
+
+        def save(*, is_best: bool) -> None:
+            metrics.flush_to_disk()
+            save_checkpoint(
+                folder,
+                state,
+                config=config,
+                tokenizer=identity.tokenizer,
+                dataset_hash=identity.dataset_hash,
+                best=best,
+            )
+            if is_best:
+                mark_best(folder, state.step)
+            best_step = best["step"] if best else None
+            prune_checkpoints(folder, keep=config.checkpoint.keep, best_step=best_step)
+
+        for step in range(first_step + 1, settings.max_steps + 1):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited_seconds = time.perf_counter() - asked
+            state, numbers = train_step(state, batch)
+            log.add(step, numbers, waited_seconds=waited_seconds)
+            progress.advance(step)
+            if step == first_step + 1:
+                log.restart_clock()  # the first step also warms up
+            log.write_due(step)
+            is_end = step == settings.max_steps
+            is_look = is_end or step % settings.eval_interval_steps == 0
+            is_save = is_end or step % config.checkpoint.interval_steps == 0
+            is_stop = wish.received is not None
+            if is_look or is_save or is_stop:
+                log.write()
+            if log.longest_streak >= settings.max_nonfinite_steps:
+                log.write()
+                nonfinite = describe_nonfinite(step, streak=log.longest_streak)
+                is_stop = True
+            if is_look or is_save or is_stop:
+                improved = is_look and look(step)
+                if is_save or is_stop or improved:
+                    save(is_best=improved)
+                write_report(folder)
+                log.restart_clock()
+            if is_stop:
+                break
+    return Outcome(state, best, wish.received, nonfinite)
+
+
+def describe_nonfinite(step: int, *, streak: int) -> str:
+    """Say why a run of steps that are no numbers ends, and what to try."""
+    return (
+        f"stopped at step {step}: {streak} steps in a row had a loss or gradient that is not "
+        f"finite, and left the weights as they were. Their batches are kept in nonfinite/. Try a "
+        "lower --learning-rate or a longer --warmup-steps."
+    )

@@ -1,0 +1,261 @@
+"""Where a run lives and what it starts from: nothing, weights, or a checkpoint to go on with.
+
+The small form of `tinyllm_jax.training.start`: fewer ways in, the same refusals.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyllm_jax.config import Config, config_to_table, load_config
+from tinyllm_jax.data.files import write_file
+from tinyllm_jax.data.prepare import PreparedData
+from tinyllm_jax.data.tokenizer import check_tokenizer_hash
+from tinyllm_jax.errors import InputError
+from tinyllm_jax.settings import build, flatten
+from tinyllm_torch.model.weights import as_tensors, initial_weights
+from tinyllm_torch.training.checkpoint import (
+    Checkpoint,
+    open_checkpoint,
+    step_folders,
+)
+from tinyllm_torch.training.devices import default_device
+from tinyllm_torch.training.optim import Moments
+from tinyllm_torch.training.step import TrainState, new_state
+
+DEFAULT_PRESET = "tiny"
+SNAPSHOT = "training_config_snapshot.json"
+# Settings of the model that a checkpoint's weights do not depend on.
+FREE_MODEL_SETTINGS = {
+    "model.attention",
+    "model.attention_dropout",
+    "model.compute_dtype",
+    "model.embedding_dropout",
+    "model.initializer_range",
+    "model.max_position_embeddings",
+    "model.mlp_dropout",
+    "model.residual_dropout",
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a command line asks for."""
+
+    config: Config
+    folder: Path  # the run folder
+    resumed: Checkpoint | None  # goes on exactly from here
+    initial: Checkpoint | None  # takes the weights and the tokenizer from here
+
+    @property
+    def source(self) -> Checkpoint | None:
+        """The checkpoint that the weights come from."""
+        return self.resumed or self.initial
+
+
+def find_start(
+    preset: str | None,
+    overrides: Mapping[str, Any],
+    problems: Sequence[str],
+    *,
+    say: Callable[[str], None],
+) -> Start:
+    """Find settings, folder and checkpoint of a run.
+
+    Args:
+        preset: What `--config` names. Without it, a resumed run keeps its own settings.
+        overrides: Settings of the command line, under dotted keys.
+        problems: What is already known to be wrong with the command line.
+        say: Tells the person something.
+
+    Raises:
+        InputError: settings break rules, or do not fit the checkpoint.
+    """
+    resume = str(overrides.get("run.resume", ""))
+    if preset is None and resume not in ("", "none"):
+        resumed = open_checkpoint(Path(resume), on_damaged=say)
+        config = settings_of(resumed, overrides, problems)
+    else:
+        resumed = None
+        config = load_config(preset or DEFAULT_PRESET, overrides, problems)
+    run = config.run
+    name = Path(preset or DEFAULT_PRESET).stem
+    # A name of its own, so that neither package sets the other's run aside.
+    folder = Path(run.out) if run.out else Path("checkpoints") / f"{run.mode}_{name}_torch"
+    if run.resume not in ("", "none"):
+        resumed = resumed or open_checkpoint(Path(run.resume), on_damaged=say)
+        if not run.out and resumed.is_own and resumed.folder.parent.name == "checkpoints":
+            folder = resumed.folder.parents[1]
+    elif run.auto_resume and run.resume != "none" and step_folders(folder):
+        resumed = open_checkpoint(folder, on_damaged=say)
+    initial = None
+    if run.init_from and not resumed:
+        initial = open_checkpoint(Path(run.init_from), on_damaged=say)
+    for checkpoint in (resumed, initial):
+        if checkpoint:
+            check_model(checkpoint, config)
+    if resumed:
+        check_resume(resumed, config, folder)
+        for key, (old, new) in changes(resumed, config).items():
+            say(f"note: {key} was {old} and is {new} from step {resumed.step} on.")
+    return Start(config, folder, resumed, initial)
+
+
+def settings_of(
+    checkpoint: Checkpoint, overrides: Mapping[str, Any], problems: Sequence[str]
+) -> Config:
+    """Take the settings that a checkpoint was trained with, but where it lay, and put others over.
+
+    Raises:
+        InputError: every problem found, one a line.
+    """
+    kept = flatten(config_to_table(checkpoint.config))
+    once = ("run.", "tokenizer.retrain")  # said of one command, not of the run
+    kept = {key: value for key, value in kept.items() if not key.startswith(once)}
+    return build(Config, [(str(checkpoint.folder), kept), ("", overrides)], problems)
+
+
+def changes(checkpoint: Checkpoint, config: Config) -> dict[str, tuple[Any, Any]]:
+    """List the settings that differ as (checkpoint's value, config's value)."""
+    before = flatten(config_to_table(checkpoint.config))
+    after = flatten(config_to_table(config))
+    ignored = ("run.", "tokenizer.retrain", "tokenizer.path", "data.workers")
+    return {
+        key: (before[key], after[key])
+        for key in after
+        if before[key] != after[key] and not key.startswith(ignored)
+    }
+
+
+def check_model(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse settings that would make another model of the checkpoint's weights."""
+    differ = {
+        key: values
+        for key, values in changes(checkpoint, config).items()
+        if key.startswith("model.") and key not in FREE_MODEL_SETTINGS
+    }
+    if differ:
+        shown = ", ".join(f"{key}={old} (this run has {new})" for key, (old, new) in differ.items())
+        flags = " ".join(f"--{key} {old}" for key, (old, _) in differ.items())
+        raise InputError(
+            f"{checkpoint.folder}: written with {shown}. Use {flags}, or train a new model with "
+            "--out NEW and no --resume, --auto-resume or --init-from."
+        )
+
+
+def check_resume(checkpoint: Checkpoint, config: Config, folder: Path) -> None:
+    """Refuse to go on where something would be lost or forgotten."""
+    if not checkpoint.moments.first:
+        raise InputError(
+            f"{checkpoint.folder}: holds weights and no optimizer moments to go on with. Start a "
+            "new run from them with --init-from."
+        )
+    if config.tokenizer.retrain:
+        raise InputError(
+            f"{checkpoint.folder}: --retrain-tokenizer would change what its ids mean. Leave it "
+            "out, or start a new run with --out NEW."
+        )
+    later = [path for step, path in step_folders(folder) if step > checkpoint.step]
+    if is_run_of(checkpoint, folder) and later:
+        raise InputError(
+            f"{checkpoint.folder}: {later[-1]} is newer, and going on from here in the same folder "
+            f"would overwrite it. Use --resume {folder} to go on from the newest, add --out NEW to "
+            "branch off, or remove it if it is damaged."
+        )
+
+
+def is_run_of(checkpoint: Checkpoint, folder: Path) -> bool:
+    """Tell whether a checkpoint lies in this run folder."""
+    return checkpoint.folder.resolve().parent == (folder / "checkpoints").resolve()
+
+
+def check_data(start: Start, prepared: PreparedData) -> None:
+    """Refuse to go on with other data, or with another tokenizer.
+
+    Raises:
+        InputError: names both hashes.
+    """
+    if start.source:
+        origin = str(start.source.folder)
+        check_tokenizer_hash(
+            prepared.tokenizer, expected=start.source.tokenizer_hash, origin=origin
+        )
+    # Checkpoints of other projects do not say which data they saw.
+    if start.resumed and start.resumed.dataset_hash not in ("", prepared.dataset_hash):
+        raise InputError(
+            f"{start.resumed.folder}: trained on the data {start.resumed.dataset_hash}, and these "
+            f"are {prepared.dataset_hash}. Give the data it was trained on, or start a new run "
+            "from its weights with --init-from and --out NEW."
+        )
+
+
+def check_folder(start: Start) -> None:
+    """Refuse a run folder that holds something else, or an earlier run.
+
+    Raises:
+        InputError: says which.
+    """
+    folder = start.folder
+    if folder.is_dir() and any(folder.iterdir()) and not is_run(folder):
+        raise InputError(
+            f"{folder}: holds files that are no run. Name an empty or new folder with --out."
+        )
+    goes_on = start.resumed and start.resumed.is_own and is_run_of(start.resumed, folder)
+    if is_run(folder) and not goes_on:
+        raise InputError(
+            f"{folder}: holds an earlier run. Go on with it by --resume {folder}, or name another "
+            "folder with --out."
+        )
+
+
+def is_run(folder: Path) -> bool:
+    """Tell a run folder from any other."""
+    return (folder / SNAPSHOT).is_file()
+
+
+def open_folder(start: Start, prepared: PreparedData) -> None:
+    """Make the run folder ready."""
+    folder, resumed = start.folder, start.resumed
+    folder.mkdir(parents=True, exist_ok=True)
+    if resumed and not is_run_of(resumed, folder):
+        metrics = resumed.folder.parents[1] / "metrics.jsonl"
+        if resumed.folder.parent.name == "checkpoints" and metrics.is_file():
+            write_file(folder / "metrics.jsonl", metrics.read_bytes())
+    prepared.tokenizer.save(folder)
+    stats = json.dumps(prepared.stats, indent=1)
+    write_file(folder / "dataset_stats.json", stats.encode())
+    snapshot = json.dumps(config_to_table(start.config), indent=1)
+    write_file(folder / SNAPSHOT, snapshot.encode())
+
+
+def best_so_far(start: Start) -> dict[str, Any] | None:
+    """Give step and loss of the best checkpoint that a resumed run still has in its folder."""
+    best = start.resumed.best if start.resumed else None
+    if best and (start.folder / "checkpoints" / str(best["step"])).is_dir():
+        return best
+    return None
+
+
+def first_state(start: Start) -> TrainState:
+    """Make the state that training begins with."""
+    config, device = start.config, default_device()
+    if start.source is None:
+        weights = initial_weights(config.model, seed=config.train.seed)
+    else:
+        weights = start.source.weights
+    weights = as_tensors(weights, config.model, device=device)
+    state = new_state(config, weights)
+    if start.resumed is None:
+        return state
+    count, *moments = start.resumed.moments
+    first, second = (as_tensors(each, config.model, device=device) for each in moments)
+    streak = start.resumed.nonfinite_streak
+    return TrainState(
+        step=start.resumed.step,
+        weights=weights,
+        optimizer_state=Moments(count, first, second),
+        # A run that stopped at the limit gets as many tries again.
+        nonfinite_streak=streak % config.train.max_nonfinite_steps,
+    )

@@ -1,0 +1,122 @@
+"""What is known of finished steps, written a log interval at a time."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyllm_jax.config import Config
+from tinyllm_jax.data.files import replacing
+from tinyllm_jax.training.metrics import MetricsFile
+from tinyllm_jax.training.progress import Progress
+from tinyllm_torch.model.weights import flops_per_token
+from tinyllm_torch.training.devices import peak_flops
+
+# Slow steps are written before a whole log interval has passed.
+WRITE_INTERVAL_SECONDS = 5.0
+
+
+class StepLog:
+    """Gathers the numbers of steps and writes them later.
+
+    Args:
+        folder: The run folder.
+        train_batch: Gives a batch again, to be kept where its numbers are not finite.
+        metrics: Takes the rows.
+        progress: Shows the newest one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        config: Config,
+        train_batch: Callable[[int], dict[str, np.ndarray]],
+        metrics: MetricsFile,
+        progress: Progress,
+    ):
+        self._folder, self._config, self._train_batch = folder, config, train_batch
+        self._metrics, self._progress = metrics, progress
+        self._peak_flops = peak_flops()
+        self._pending: list[tuple[int, dict[str, Any]]] = []
+        self.longest_streak = 0  # steps in a row whose loss or gradient was not finite
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Begin a stretch of steps, so that speeds leave warming up and evaluating out."""
+        self._start = self._last_write = time.perf_counter()
+        # Steps that are done but not yet written were made before this stretch.
+        self._finished_steps, self._waited_seconds = -len(self._pending), 0.0
+
+    def add(self, step: int, numbers: dict[str, Any], *, waited_seconds: float) -> None:
+        """Take the numbers of a step.
+
+        Args:
+            waited_seconds: How long the step's batch was waited for.
+        """
+        self._pending.append((step, numbers))
+        self._waited_seconds += waited_seconds
+
+    def write_due(self, step: int) -> None:
+        """Write finished steps if it is time to."""
+        seconds = time.perf_counter() - self._last_write
+        if step % self._config.train.log_interval_steps == 0 or seconds > WRITE_INTERVAL_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Write the numbers of all steps so far."""
+        ready, self._pending = self._pending, []
+        if not ready:
+            return
+        self._finished_steps += len(ready)
+        rows: list[dict[str, Any]] = []
+        last: dict[str, Any] = {}
+        for step, numbers in ready:
+            plain = {name: float(value) for name, value in numbers.items()}
+            streak = int(plain.pop("nonfinite_streak"))
+            self.longest_streak = max(self.longest_streak, streak)
+            is_skipped = streak > 0
+            last = {"kind": "train", "step": step, **plain, "skipped": is_skipped}
+            rows.append(last)
+            if is_skipped:
+                rows.append(self._keep_batch(step))
+        rows.append(self._speed(last))
+        self._metrics.write(rows)
+        self._last_write = time.perf_counter()
+
+    def _speed(self, last: Mapping[str, Any]) -> dict[str, Any]:
+        config, seconds = self._config, max(time.perf_counter() - self._start, 1e-9)
+        tokens = self._finished_steps * config.rows_per_step * config.data.sequence_length
+        speed = tokens / seconds
+        per_token = flops_per_token(config.model, sequence_length=config.data.sequence_length)
+        mfu = speed * per_token / self._peak_flops
+        left = config.train.max_steps - last["step"]
+        self._progress.show(
+            step=last["step"],
+            loss=last["loss"],
+            learning_rate=last["learning_rate"],
+            tokens_per_second=speed,
+            mfu=mfu,
+            seconds_left=left * seconds / max(self._finished_steps, 1),
+        )
+        return {
+            "kind": "speed",
+            "step": last["step"],
+            "time": time.time(),
+            "tokens_per_second": speed,
+            "mfu": mfu,
+            "data_wait_share": self._waited_seconds / seconds,
+        }
+
+    def _keep_batch(self, step: int) -> dict[str, Any]:
+        """Save the batch of a step whose loss or gradient was not finite, and say where."""
+        path = self._folder / "nonfinite" / f"step_{step}.npz"
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **self._train_batch(step - 1))  # type: ignore[arg-type]
+        self._progress.note(
+            f"step {step}: loss or gradient not finite; weights left as they were, batch kept in "
+            f"{path}"
+        )
+        return {"kind": "nonfinite", "step": step, "batch": step - 1, "file": path.name}

@@ -1,4 +1,4 @@
-"""What the parity tests share: tolerances, models of every preset's form, and both sides' numbers.
+"""What the parity tests share: models of every preset's form, and both sides' numbers.
 
 Errors are relative to the largest magnitude of what is expected, so that a small number beside a
 large one is held to what the large one can be computed to.
@@ -19,6 +19,7 @@ import torch
 from conftest import SMALL_RUN
 from llama_oracle import random_weights
 
+from convert.parity import TOLERANCES
 from tinyllm_jax.config import Config, ModelConfig, load_config
 from tinyllm_jax.data.prepare import PreparedData, prepare
 from tinyllm_jax.model import weights as jax_weights
@@ -29,13 +30,9 @@ from tinyllm_torch.model import weights as torch_weights
 from tinyllm_torch.objectives import losses as torch_losses
 from tinyllm_torch.objectives import pretrain as torch_pretrain
 
-# Largest difference between the twins, relative to the largest magnitude; docs/parity.md has what was
-# measured. bfloat16 keeps 8 bits: either twin is up to 1.7 % of the largest number away from what
-# float32 gives, and they are as far from each other, since sums in another order round another way.
-TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 2e-2}
 # AdamW divides a gradient by its own size, so where one is nearly zero, the last bit of it moves the
 # weight by a share of the learning rate, and the next gradients with it. Measured: 4e-5; the loss
-# hardly feels it and is held to the tolerance above.
+# hardly feels it and is held to TOLERANCES.
 FLOAT32_NORM_AFTER_50_STEPS = 2e-4
 PACKINGS = ("stream", "packed", "padded")
 

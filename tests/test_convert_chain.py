@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import ROOT
+from conftest import ROOT, SMALL_RUN
 from convert_cases import (
     GROUPED,
     UNTIED,
@@ -323,3 +323,26 @@ def test_the_command_prints_a_report(trained_run, tmp_path):
     )
     assert lines[2] == "Tensors  20, and both moments of each, step 20"
     assert lines[3] == "Logits   largest difference 0, 0.00% of their spread"
+
+
+@pytest.mark.parametrize("to", ["torch", "safetensors", "hf", "llama2c"])
+def test_whatever_convert_writes_is_loaded_and_started_from(
+    to, trained_run, tmp_path, monkeypatch, prepared_folder
+):
+    """`load`, `--init-from` and `--resume` take what `convert` reads."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TINYLLM_DATA_DIR", str(prepared_folder))
+    target = tmp_path / {"torch": "model.pt", "llama2c": "model.bin"}.get(to, "model")
+    convert.write(convert.read(trained_run), target, to=to)
+    tokens = [[2, 5, 9, 30]]
+    expected = tinyllm_jax.load(trained_run / "checkpoints/20").logits(tokens)
+    np.testing.assert_array_equal(tinyllm_jax.load(target).logits(tokens), expected)
+    flags = ["--max-steps", "1", "--optimizer.weight_decay", "0", "--out", "new"]
+    assert train.main([*SMALL_RUN, "--init-from", str(target), *flags]) == 0
+    if to in ("torch", "safetensors"):
+        assert train.main(["--resume", str(target), "--max-steps", "22"]) == 0
+        assert train.main(["--resume", str(trained_run), "--max-steps", "22", "--out", "own"]) == 0
+        ours = read_checkpoint(tmp_path / "own/checkpoints/22")
+        theirs = read_checkpoint(tmp_path / "checkpoints/pretrain_model/checkpoints/22")
+        for name, weight in ours.weights.items():
+            np.testing.assert_array_equal(theirs.weights[name], weight)

@@ -39,7 +39,11 @@ def main(words: Sequence[str] | None = None) -> int:
     from tinyllm_jax.training.step import new_state
 
     show_device(config)
-    prepared = prepare(config, progress=sys.stderr.isatty())
+    prepared = prepare(
+        config,
+        progress=sys.stderr.isatty(),
+        tokenizer=checkpoint.tokenizer if checkpoint else None,
+    )
     objective = make_pretraining(config, prepared)
     show_batch(objective.train_batch(0), prepared.tokenizer)
     weights = initial_weights(config.model, seed=config.train.seed)
@@ -77,12 +81,11 @@ def read_command(words: Sequence[str] | None) -> "tuple[Config, Checkpoint | Non
         return load_config(arguments.config or "tiny", overrides, problems), None
     if arguments.config:
         problems.append("--checkpoint and --config are both given. Leave one of them out.")
-    from tinyllm_jax.training.checkpoint import find_checkpoint, read_checkpoint
+    from tinyllm_jax.training.checkpoint import open_checkpoint
     from tinyllm_jax.training.start import check_model, settings_of
 
     path = Path(arguments.checkpoint)
-    checkpoint = read_checkpoint(find_checkpoint(path, on_damaged=say))
-    overrides.setdefault("tokenizer.path", str(checkpoint.folder))
+    checkpoint = open_checkpoint(path, on_damaged=say)
     config = settings_of(checkpoint, overrides, problems)
     check_model(checkpoint, config)
     return config, checkpoint

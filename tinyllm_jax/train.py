@@ -7,7 +7,6 @@ Text becomes a tokenizer and token shards, a run folder is opened, and `fit` doe
 # module again, and `--help` need not wait.
 
 import argparse
-import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllm_jax.cli import run
-from tinyllm_jax.config import Config, TokenizerConfig, preset_names
+from tinyllm_jax.config import Config, preset_names
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.settings import Parser, add_flags, parse_flags
 
@@ -65,7 +64,7 @@ def main(words: Sequence[str] | None = None) -> int:
             )
             return 0
         set_up_jax(config)
-        prepared = prepare(with_tokenizer_of(start), progress=sys.stderr.isatty())
+        prepared = prepare(config, progress=sys.stderr.isatty(), tokenizer=tokenizer_of(start))
         check_data(start, prepared)
         objective = make_pretraining(config, prepared)
         sample = make_sampler(config, prepared.tokenizer)
@@ -116,13 +115,12 @@ def set_up_jax(config: Config) -> None:
         jax.config.update("jax_enable_x64", True)
 
 
-def with_tokenizer_of(start: "Start") -> Config:
-    """Make data be prepared with the tokenizer of the checkpoint that the run starts from."""
+def tokenizer_of(start: "Start") -> "Tokenizer | None":
+    """Give the tokenizer of the checkpoint that the run starts from, unless another is asked for."""
     source, path = start.source, start.config.tokenizer.path
     if source is None or path not in ("", source.config.tokenizer.path):
-        return start.config
-    tokenizer = TokenizerConfig(path=str(source.folder))
-    return dataclasses.replace(start.config, tokenizer=tokenizer)
+        return None
+    return source.tokenizer
 
 
 def make_sampler(config: Config, tokenizer: "Tokenizer") -> Callable[[Any], str]:

@@ -5,13 +5,12 @@ batches. Its checkpoints are what `python -m convert SRC DST --to safetensors` w
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tinyllm_jax.cli import run
-from tinyllm_jax.config import Config, TokenizerConfig, preset_names
+from tinyllm_jax.config import Config, preset_names
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.settings import Parser, add_flags, parse_flags
 
@@ -56,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
     lock = folder.parent / f".{folder.name}.lock"
     with locked(lock, on_wait=lambda: refuse_second_run(start)):
         check_folder(start)
-        prepared = prepare(with_tokenizer_of(start), progress=sys.stderr.isatty())
+        prepared = prepare(config, progress=sys.stderr.isatty(), tokenizer=tokenizer_of(start))
         check_data(start, prepared)
         sample = make_sampler(config, prepared.tokenizer)
         open_folder(start, prepared)
@@ -93,13 +92,12 @@ def read_command(words: Sequence[str] | None) -> tuple[str | None, dict[str, Any
     return arguments.config, overrides, problems
 
 
-def with_tokenizer_of(start: "Start") -> Config:
-    """Make data be prepared with the tokenizer of the checkpoint that the run starts from."""
+def tokenizer_of(start: "Start") -> "Tokenizer | None":
+    """Give the tokenizer of the checkpoint that the run starts from, unless another is asked for."""
     source, path = start.source, start.config.tokenizer.path
     if source is None or path not in ("", source.config.tokenizer.path):
-        return start.config
-    tokenizer = TokenizerConfig(path=str(source.folder))
-    return dataclasses.replace(start.config, tokenizer=tokenizer)
+        return None
+    return source.tokenizer
 
 
 def make_sampler(config: Config, tokenizer: "Tokenizer") -> Callable[[Any], str]:

@@ -75,18 +75,19 @@ class PreparedData:
             check_checksums(self.folder, record)
 
 
-def prepare(config: Config, *, progress: bool) -> PreparedData:
+def prepare(config: Config, *, progress: bool, tokenizer: Tokenizer | None = None) -> PreparedData:
     """Make, or find, the token shards of a configuration.
 
     Args:
         progress: Show bars on stderr.
+        tokenizer: Instead of the one that the settings ask for, such as a checkpoint's own.
 
     Raises:
         InputError: the text, the tokenizer or a setting does not fit; the message says what to do.
     """
     parts = find_parts(config.data, part_bytes=GROUP_BYTES)
     sources = describe_sources(parts, config.data)
-    tokenizer = get_tokenizer(config, parts, sources, progress=progress)
+    tokenizer = tokenizer or get_tokenizer(config, parts, sources, progress=progress)
     settings = [document_settings(config.data), row_settings(config.data)]
     key = hash_of([FORMAT, GROUP_BYTES, sources, tokenizer.hash, settings])[:16]
     folder = data_dir() / "prepared" / key

@@ -18,7 +18,7 @@ from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference.generate import Generator, bucket
 from tinyllm_jax.model.weights import merge_weights, model_structure
 from tinyllm_jax.settings import build
-from tinyllm_jax.training.checkpoint import damage, find_checkpoint, read_checkpoint
+from tinyllm_jax.training.checkpoint import damage, open_checkpoint
 
 
 class LanguageModel:
@@ -153,7 +153,7 @@ def load(path: str | Path) -> LanguageModel:
 
     Args:
         path: A run folder, of which `best` is taken or, where there is none, the newest good
-            checkpoint; or a step folder, or `best` itself.
+            checkpoint; or a step folder, or `best` itself; or anything `convert` reads.
 
     Raises:
         InputError: there is no good checkpoint.
@@ -166,7 +166,7 @@ def load(path: str | Path) -> LanguageModel:
             folder = best
         else:
             _say(f"{best}: damaged checkpoint ({problem}); the newest good one is used.")
-    checkpoint = read_checkpoint(folder or find_checkpoint(path, on_damaged=_say))
+    checkpoint = open_checkpoint(folder or path, on_damaged=_say)
     config = checkpoint.config.model
     if config.attention == "cudnn" and jax.default_backend() != "gpu":
         # The kernel is a matter of the machine, not of the model.

@@ -12,6 +12,7 @@ during a save leaves the earlier checkpoints and nothing that looks like a new o
 """
 
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -50,7 +51,7 @@ class Checkpoint:
     nonfinite_streak: int
     tokenizer: Tokenizer
     tokenizer_hash: str
-    dataset_hash: str
+    dataset_hash: str  # "" where the source does not say which data it was
     best: dict[str, Any] | None  # {"step", "loss"} of the lowest validation loss so far
 
 
@@ -227,6 +228,42 @@ def find_checkpoint(path: Path, *, on_damaged: Callable[[str], None]) -> Path:
         )
     raise InputError(
         f"{path}: neither a run folder nor a checkpoint. Name a folder that holds checkpoints/."
+    )
+
+
+def open_checkpoint(path: Path, *, on_damaged: Callable[[str], None]) -> Checkpoint:
+    """Read the newest good checkpoint of a run or step folder, or of anything `convert` reads.
+
+    Raises:
+        InputError: there is none, or it has no tokenizer.
+    """
+    is_ours = any((path / name).exists() for name in ("checkpoints", "meta.json", "checksums.json"))
+    if is_ours or not path.exists():
+        path = find_checkpoint(path, on_damaged=on_damaged)
+        if (path / "state").is_dir():
+            return read_checkpoint(path)
+    # By name, since convert reads step folders through this module.
+    bundles = importlib.import_module("convert.bundle")
+    bundle = importlib.import_module("convert").read(path, say=on_damaged)
+    if bundle.tokenizer is None:
+        raise InputError(
+            f"{path}: holds no tokenizer. Convert it with python -m convert and --tokenizer PATH, "
+            "and give that."
+        )
+    training = bundle.training
+    count: Any = np.int32(training.count if training else 0)
+    first, second = (training.first, training.second) if training else ({}, {})
+    return Checkpoint(
+        folder=Path(bundle.layout["read_from"]),
+        step=training.step if training else 0,
+        config=bundles.run_config(bundle),
+        weights=bundles.to_jax(bundle.weights),
+        moments=Moments(count, bundles.to_jax(first), bundles.to_jax(second)),
+        nonfinite_streak=training.nonfinite_streak if training else 0,
+        tokenizer=bundle.tokenizer,
+        tokenizer_hash=bundle.tokenizer.hash,
+        dataset_hash=training.dataset_hash if training else "",
+        best=training.best if training else None,
     )
 
 

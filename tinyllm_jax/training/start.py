@@ -21,9 +21,8 @@ from tinyllm_jax.settings import build, flatten
 from tinyllm_jax.training.checkpoint import (
     Checkpoint,
     damage,
-    find_checkpoint,
     mark_best,
-    read_checkpoint,
+    open_checkpoint,
     step_folders,
 )
 from tinyllm_jax.training.optim import Moments, write_moments
@@ -83,7 +82,9 @@ def find_folder(preset: str | None, overrides: Mapping[str, Any]) -> Path:
             )
         if path.resolve().parent.name == "checkpoints":
             return path.resolve().parents[1]
-        return path
+        if is_run(path) or (path / "checkpoints").is_dir():
+            return path
+        preset = preset or path.stem  # from elsewhere, and no place to go on in
     mode = run.get("run.mode", Config().run.mode)
     return Path("checkpoints") / f"{mode}_{Path(preset or DEFAULT_PRESET).stem}"
 
@@ -113,19 +114,19 @@ def find_start(
     resumed = initial = None
     if preset is None and overrides.get("run.resume", "") not in ("", "none"):
         path = Path(overrides["run.resume"])
-        resumed = read_checkpoint(find_checkpoint(path, on_damaged=say))
+        resumed = open_checkpoint(path, on_damaged=say)
         config = settings_of(resumed, overrides, problems)
     else:
         config = load_config(preset or DEFAULT_PRESET, overrides, problems)
     run = config.run
     if resumed is None and run.resume not in ("", "none"):
-        resumed = read_checkpoint(find_checkpoint(Path(run.resume), on_damaged=say))
+        resumed = open_checkpoint(Path(run.resume), on_damaged=say)
     elif resumed is None and run.auto_resume and run.resume == "" and step_folders(folder):
-        resumed = read_checkpoint(find_checkpoint(folder, on_damaged=say))
+        resumed = open_checkpoint(folder, on_damaged=say)
         if preset is None:
             config = settings_of(resumed, overrides, problems)
     if run.init_from and not resumed:
-        initial = read_checkpoint(find_checkpoint(Path(run.init_from), on_damaged=say))
+        initial = open_checkpoint(Path(run.init_from), on_damaged=say)
     for checkpoint in (resumed, initial):
         if checkpoint:
             check_model(checkpoint, config)
@@ -223,7 +224,7 @@ def check_data(start: Start, prepared: PreparedData) -> None:
         check_tokenizer_hash(
             prepared.tokenizer, expected=start.source.tokenizer_hash, origin=origin
         )
-    if start.resumed and start.resumed.dataset_hash != prepared.dataset_hash:
+    if start.resumed and start.resumed.dataset_hash not in ("", prepared.dataset_hash):
         raise InputError(
             f"{start.resumed.folder}: trained on the data {start.resumed.dataset_hash}, and these "
             f"are {prepared.dataset_hash}. Give the data it was trained on, or start a new run "

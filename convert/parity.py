@@ -13,9 +13,9 @@ import numpy as np
 
 from convert.bundle import Bundle
 from convert.conversion import read
+from convert.parity_sample import Sample, sample_of
 from tinyllm_jax.cli import run
 from tinyllm_jax.config import ModelConfig, load_config
-from tinyllm_jax.data.toy_stories import generate_stories
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.settings import Parser
 
@@ -30,7 +30,6 @@ TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 2e-2}
 # Models of more parameters are compared in float32: in float64 weights, moments and gradients of
 # both sides would take gigabytes.
 LARGEST_IN_FLOAT64 = 50_000_000
-LONGEST_ROW, LONGEST_PROMPT = 128, 16
 GREEDY_TOKENS = 100
 
 
@@ -50,16 +49,6 @@ class Row:
         return self.relative <= self.tolerance
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """The tokens that both sides read."""
-
-    rows: np.ndarray  # [2, tokens]
-    batch: dict[str, np.ndarray]  # [4, tokens], several documents in a row, and padding
-    prompt: list[int]
-    text: str  # where they are from
-
-
 def main(words: Sequence[str] | None = None) -> int:
     """Compare as the command line says, and print the table; 1 if anything differs."""
     arguments = read_command(words)
@@ -68,16 +57,18 @@ def main(words: Sequence[str] | None = None) -> int:
             "torch: not installed, and half of the comparison runs in it. Type: pip install "
             "'tinyllm[torch]'"
         )
-    from convert.twins import JaxSide, TorchSide
-    from tinyllm_jax.compilation_cache import enable_compilation_cache
-
-    enable_compilation_cache()
     settings = load_config(arguments.config).model if arguments.config else None
     bundle = read(arguments.source, arguments.tokenizer, settings=settings, say=say)
+    check_finite(bundle)
     count = sum(array.size for array in bundle.weights.values())
     dtype = arguments.dtype or ("float64" if count <= LARGEST_IN_FLOAT64 else "float32")
     model = comparable(bundle.model, dtype)
     sample = sample_of(bundle, text=arguments.text, prompt=arguments.prompt)
+    # Only now: both frameworks take seconds to import, and bad input should not wait for them.
+    from convert.twins import JaxSide, TorchSide
+    from tinyllm_jax.compilation_cache import enable_compilation_cache
+
+    enable_compilation_cache()
     print(heading(bundle, count, dtype, sample))  # noqa: T201
     theirs, ours = JaxSide(model, bundle.weights), TorchSide(model, bundle.weights)
     tokens = min(arguments.tokens, model.max_position_embeddings - len(sample.prompt))
@@ -139,6 +130,25 @@ def read_command(words: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def check_finite(bundle: Bundle) -> None:
+    """Refuse weights and moments that are no numbers: nothing equals what is computed from them."""
+    training = bundle.training
+    groups = {"": bundle.weights}
+    if training:
+        groups |= {"first moment of ": training.first, "second moment of ": training.second}
+    bad = [
+        f"{group}{name}"
+        for group, arrays in groups.items()
+        for name, array in arrays.items()
+        if not np.isfinite(array).all()
+    ]
+    if bad:
+        raise InputError(
+            f"{bundle.layout['read_from']}: holds values that are not finite, in {', '.join(bad)}. "
+            "Compare an earlier checkpoint."
+        )
+
+
 def comparable(model: ModelConfig, dtype: str) -> ModelConfig:
     """Give the model without what differs on purpose: drawn dropout and a kernel's own order."""
     return dataclasses.replace(
@@ -150,74 +160,6 @@ def comparable(model: ModelConfig, dtype: str) -> ModelConfig:
         residual_dropout=0.0,
         mlp_dropout=0.0,
     )
-
-
-# What is read ------------------------------------------------------------------------------------
-
-
-def sample_of(bundle: Bundle, *, text: Path | None, prompt: str | None) -> Sample:
-    """Choose the tokens: of a file, a text, toy stories or, without a tokenizer, drawn ones.
-
-    Raises:
-        InputError: the file cannot be read, or there is no tokenizer to read it with.
-    """
-    model, tokenizer = bundle.model, bundle.tokenizer
-    width = min(LONGEST_ROW, model.max_position_embeddings)
-    if tokenizer is None:
-        if text is not None or prompt is not None:
-            raise InputError(
-                f"{bundle.layout['read_from']}: holds no tokenizer to read a text with. Name one "
-                "with --tokenizer PATH, or leave --text and --prompt out."
-            )
-        numbers, origin = np.random.default_rng(0), "random tokens"
-        ids = numbers.integers(0, model.vocab_size, 6 * (width + 1)).tolist()
-    else:
-        origin = "toy stories" if prompt is None else "the prompt"
-        words = "\n".join(generate_stories(seed=0, start=0, stop=24)) if prompt is None else prompt
-        if text is not None:
-            words, origin = read_text(text), str(text)
-        ids = tokenizer.encode(words, bos=True)
-        if not words.strip():
-            raise InputError(f"{origin}: holds no text. Give one of a few words at least.")
-    begin = ids if prompt is not None else ids[:LONGEST_PROMPT]
-    begin = begin[: max(1, model.max_position_embeddings // 2)]
-    stream = np.resize(np.array(ids, np.int32), 6 * (width + 1))
-    rows = np.ascontiguousarray(stream[: 2 * width].reshape(2, width))
-    return Sample(rows, packed(stream[2 * width :], width), begin, origin)
-
-
-def read_text(path: Path) -> str:
-    """Read a text file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise InputError(f"--text {path}: {why}. Name a text file in UTF-8.") from None
-
-
-def packed(stream: np.ndarray, width: int) -> dict[str, np.ndarray]:
-    """Make rows of one, two and three documents, and of two with padding after them."""
-    half, third, quarter = (max(1, width // part) for part in (2, 3, 4))
-    layouts = [[width], [third, width - third], [quarter, quarter, half], [quarter, third]]
-    tokens, targets, positions, segments = (np.zeros((4, width), np.int32) for _ in range(4))
-    taken = 0
-    for row, lengths in enumerate(layouts):
-        start = 0
-        for number, length in enumerate(lengths, start=1):
-            length = min(length, width - start)
-            place = slice(start, start + length)
-            tokens[row, place] = stream[taken : taken + length]
-            targets[row, place] = stream[taken + 1 : taken + 1 + length]
-            positions[row, place] = np.arange(length)
-            segments[row, place] = number
-            start, taken = start + length, taken + length
-    return {
-        "tokens": tokens,
-        "targets": targets,
-        "loss_mask": segments > 0,
-        "positions": positions,
-        "segment_ids": segments,
-    }
 
 
 def transformers_side(bundle: Bundle, dtype: str) -> "tuple[TransformersSide | None, str]":

@@ -152,8 +152,8 @@ class JaxSide:
             )
             state, metrics = jax.device_get(jax.jit(train_step)(state, dict(batch)))
         moments = jax_optim.read_moments(state.optimizer_state)
-        arrays = (from_jax(group) for group in (state.weights, moments.first, moments.second))
-        return _named(metrics, *arrays)
+        groups: tuple[Any, ...] = (state.weights, moments.first, moments.second)
+        return _named(metrics, *(from_jax(group) for group in groups))
 
     def by_layer(self, tokens: np.ndarray) -> list[np.ndarray]:
         config, dtype = self._config, jax_dtype(self._config)

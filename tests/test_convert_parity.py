@@ -193,6 +193,14 @@ def test_bad_input_is_one_line(
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    bundle = random_bundle()
+    bundle.weights["layers.1.mlp.up_proj.weight"][0, 3] = np.nan
+    convert.write(bundle, tmp_path / "model.pt")
+    with pytest.raises(InputError, match=r"not finite, in layers\.1\.mlp\.up_proj\.weight\."):
+        main([str(tmp_path / "model.pt")])
+
+
 def test_a_missing_torch_is_named_with_what_to_type(
     trained_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

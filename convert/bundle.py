@@ -110,6 +110,12 @@ def check_tensors(arrays: Mapping[str, np.ndarray], config: ModelConfig, *, orig
     Raises:
         InputError: every missing, unknown and misshapen tensor, by name, in one line.
     """
+    # Before a list of that many names is made.
+    if config.num_hidden_layers > len(arrays):
+        raise InputError(
+            f"{origin}: num_hidden_layers={config.num_hidden_layers}, and there are {len(arrays)} "
+            "tensors. Give the settings it was trained with."
+        )
     shapes = expected_shapes(config)
     missing = [name for name in shapes if name not in arrays]
     unknown = [name for name in arrays if name not in shapes]

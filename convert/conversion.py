@@ -23,6 +23,7 @@ from convert.formats import gguf, huggingface, llama2c, orbax, safetensors, torc
 from convert.landing import landing
 from convert.tokenizer_files import load_any_tokenizer
 from tinyllm_jax.config import ModelConfig
+from tinyllm_jax.data.files import free_name
 from tinyllm_jax.errors import InputError
 
 FORMATS = ("orbax", "torch", "safetensors", "hf", "llama2c", "gguf")
@@ -119,6 +120,7 @@ def write(
     path = Path(path)
     to = target_format(path, to)
     check_target(path, overwrite=overwrite)
+    check_dtype(to, dtype, llama2c_version)
     target = prepare(bundle, to=to, dtype=dtype)
     with landing(path, folder=is_folder(path, to), replace=overwrite) as place:
         _write(target, place, to=to, dtype=dtype, version=llama2c_version)
@@ -153,6 +155,8 @@ def convert(
     kept = bundle.training is not None and to in WITH_TRAINING
     if bundle.training and not kept:
         bundle.note(f"{to} holds no optimizer state: moments and counters were left out")
+    if target.is_dir() and any(target.iterdir()):
+        bundle.note(f"what was in {target} is in {free_name(target)} now")
     facts = {
         "source": bundle.layout,
         "tensors": len(bundle.weights),
@@ -191,6 +195,12 @@ def target_format(path: Path, to: str | None) -> str:
 
 def check_target(path: Path, *, overwrite: bool) -> None:
     """Refuse to write over something, unless asked to and it is a checkpoint."""
+    if not path.name:
+        raise InputError(f"{path}: no name for a file or folder. Name one.")
+    if path.name == "tokenizer.bin":
+        raise InputError(
+            f"{path}: llama2.c's tokenizer has that name. Name the model otherwise, as model.bin."
+        )
     if not path.exists() and not path.is_symlink():
         return
     if not overwrite:

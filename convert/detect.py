@@ -83,7 +83,7 @@ def read_tensor_file(path: Path, *, settings: ModelConfig | None) -> Bundle:
     arrays, _ = read_tensors(path)
     beside, table = path.with_name("config.json"), None
     if beside.is_file() and settings is None:
-        table = huggingface.read_config(path.parent)
+        table = huggingface.read_config(beside)
     model, weights, found = foreign_model(
         arrays, table, settings=settings, certain=False, origin=str(path)
     )

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from tinyllm_jax.data.files import free_name
 from tinyllm_jax.errors import InputError
 
 
@@ -18,7 +19,8 @@ def landing(path: Path, *, folder: bool, replace: bool) -> Iterator[Path]:
 
     Args:
         folder: The format is a folder.
-        replace: What is at `path` gives way.
+        replace: What is at `path` gives way: a file to the new one, a folder by being renamed to
+            `path.1`, `path.2`, ...
 
     Raises:
         InputError: something else is in the way.
@@ -61,11 +63,10 @@ def _check_beside(hidden: Path, path: Path) -> None:
 
 
 def _move(source: Path, path: Path, *, replace: bool) -> None:
-    if path.is_dir() and not path.is_symlink() and replace:
-        aside = path.with_name(f".{path.name}.{os.getpid()}.replaced")
-        path.rename(aside)
+    if replace and os.path.lexists(path) and (path.is_dir() or source.is_dir()):
+        # A folder may hold more than a checkpoint: nothing in it is ever removed.
+        path.rename(free_name(path))
         source.rename(path)
-        shutil.rmtree(aside)
     elif source.is_dir() or replace:
         source.replace(path)
     else:

@@ -299,12 +299,8 @@ def test_what_is_there_stays_unless_asked(tmp_path):
             convert.read(tmp_path / target).weights["norm.weight"],
             random_bundle().weights["norm.weight"],
         )
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "hf",
-        "x.pt",
-        "y.safetensors",
-        "z.safetensors",
-    ]
+    names = ["hf", "hf.1", "x.pt", "y.safetensors", "z.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -364,3 +360,54 @@ def test_values_too_large_for_a_type_are_refused(tmp_path):
     convert.write(bundle, tmp_path / "x.safetensors")
     with pytest.raises(InputError, match=r"norm.weight: holds values too large for float16"):
         main([str(tmp_path / "x.safetensors"), str(tmp_path / "y.pt"), "--dtype", "float16"])
+
+
+def test_a_folder_that_gives_way_is_set_aside_with_all_it_holds(trained_run, tmp_path, capsys):
+    target = tmp_path / "project"
+    (target / "checkpoints").mkdir(parents=True)
+    (target / "precious.txt").write_text("mine")
+    assert main([str(trained_run), str(target), "--to", "hf", "--overwrite", "--no-verify"]) == 0
+    assert (target / "model.safetensors").is_file()
+    assert (tmp_path / "project.1/precious.txt").read_text() == "mine"
+    assert f"what was in {target} is in {target}.1 now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn"}}, "scaled by yarn"),
+        ({"hidden_act": "gelu"}, "hidden_act=gelu"),
+        ({"rope_parameters": [1]}, "is no table"),
+    ],
+)
+def test_settings_that_the_model_does_not_compute_are_refused_beside_a_pt_file(
+    table, expected, trained_run, tmp_path
+):
+    weights = {
+        f"model.{name}": torch.tensor(np.array(array))
+        for name, array in convert.read(trained_run).weights.items()
+    }
+    torch.save(weights, tmp_path / "x.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | table))
+    with pytest.raises(InputError, match=expected):
+        convert.read(tmp_path / "x.pth")
+    torch.save({"model": weights, "config": table}, tmp_path / "y.pth")
+    with pytest.raises(InputError, match=expected):
+        convert.read(tmp_path / "y.pth")
+
+
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", b"0" * 1_000_000)
+    with pytest.raises(InputError, match="a compressed archive"):
+        convert.read(tmp_path / "x.pt")
+
+
+def test_a_number_of_layers_that_no_file_holds_is_one_short_line(trained_run, tmp_path):
+    convert.write(convert.read(trained_run), tmp_path / "hf", to="hf")
+    path = tmp_path / "hf/config.json"
+    table = json.loads(path.read_text()) | {"num_hidden_layers": 10**9}
+    path.write_text(json.dumps(table))
+    with pytest.raises(InputError, match="num_hidden_layers=1000000000, and there are") as caught:
+        convert.read(tmp_path / "hf")
+    assert len(str(caught.value)) < 300

@@ -44,7 +44,7 @@ def read(path: Path, *, settings: ModelConfig | None, with_tokenizer: bool) -> B
     Raises:
         InputError: it is no Llama, scales its rotary positions, or its tensors do not fit.
     """
-    table = read_config(path)
+    table = read_config(path / CONFIG)
     arrays = read_weights(path)
     if table.get("model_type", "llama") in ("llama", "mistral"):
         table = DEFAULTS | table
@@ -65,13 +65,12 @@ def read(path: Path, *, settings: ModelConfig | None, with_tokenizer: bool) -> B
     return Bundle(model, weights, tokenizer, None, layout)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Read config.json, and refuse what this model does not compute.
+def read_config(file: Path) -> dict[str, Any]:
+    """Read a config.json, and refuse what this model does not compute.
 
     Raises:
         InputError: every such thing, by name.
     """
-    file = path / CONFIG
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -84,6 +83,19 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{file}: model_type={kind} is not computed as a Llama is. Give a folder of one of "
             f"{', '.join(sorted(LLAMA_TYPES))}."
         )
+    return check_config(table, origin=str(file))
+
+
+def check_config(table: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
+    """Refuse settings that this model does not compute, and bring `rope_theta` to one place.
+
+    Raises:
+        InputError: every such thing, by name.
+    """
+    table = dict(table)
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(table.get(key) or {}, Mapping):
+            raise InputError(f"{origin}: {key}={table[key]!r} is no table. Get the file again.")
     rope = dict(table.get("rope_parameters") or {})
     scaling = table.get("rope_scaling") or {}
     problems = []
@@ -101,7 +113,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if isinstance(window, int) and window < longest and table.get("use_sliding_window", True):
         problems.append(f"sliding_window={window}")
     if problems:
-        raise InputError(f"{file}: {', '.join(problems)}: not supported. Give a model without it.")
+        raise InputError(
+            f"{origin}: {', '.join(problems)}: not supported. Give a model without it."
+        )
     if rope.get("rope_theta") is not None:
         table["rope_theta"] = rope["rope_theta"]
     return table

@@ -27,6 +27,7 @@ from convert.bundle import (
     make_layout,
     meta_table,
 )
+from convert.formats.huggingface import check_config, read_config
 from convert.formats.safetensors import tokenizer_from_bytes
 from convert.layout import INTERLEAVED, half_split
 from convert.names import bundle_name, foreign_model, plain_names
@@ -178,15 +179,10 @@ def _table_of(content: Mapping[str, Any], path: Path) -> Mapping[str, Any] | Non
     for key in CONFIG_KEYS:
         table = content.get(key)
         if isinstance(table, Mapping):
-            return table["model"] if isinstance(table.get("model"), Mapping) else table
+            table = table["model"] if isinstance(table.get("model"), Mapping) else table
+            return check_config(table, origin=f"{path}, {key}")
     beside = path.with_name("config.json")
-    if beside.is_file():
-        try:
-            table = json.loads(beside.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{beside}: not JSON ({error}). Fix it.") from None
-        return table if isinstance(table, Mapping) else None
-    return None
+    return read_config(beside) if beside.is_file() else None
 
 
 def _take_training(
@@ -262,9 +258,15 @@ def _starts_like_zip(path: Path) -> bool:
 def _check_archive(path: Path) -> None:
     """Refuse archives that PyTorch did not write, before PyTorch words it its way."""
     try:
-        names = zipfile.ZipFile(path).namelist()
-    except zipfile.BadZipFile as error:
+        entries = zipfile.ZipFile(path).infolist()
+    except (zipfile.BadZipFile, ValueError) as error:
         raise InputError(f"{path}: cut short or damaged ({error}). Get the file again.") from None
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise InputError(
+            f"{path}: a compressed archive, which PyTorch never writes. Give the file that "
+            "torch.save made."
+        )
+    names = [entry.filename for entry in entries]
     if any(name.endswith("/constants.pkl") or name == "constants.pkl" for name in names):
         raise InputError(
             f"{path}: a TorchScript program, which holds code. Save its state dict instead."

@@ -110,7 +110,7 @@ def test_a_damaged_best_checkpoint_is_named_and_the_newest_good_one_taken(
 def test_no_checkpoint_there_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         load(tmp_path / "nothing")
-    with pytest.raises(InputError, match="neither a run folder nor a checkpoint"):
+    with pytest.raises(InputError, match="neither config.json nor checkpoints"):
         load(tmp_path)
 
 

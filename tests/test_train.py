@@ -300,9 +300,10 @@ def test_no_space_left_ends_in_one_line_and_nothing_that_looks_whole(
     limited = ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "limited", *words]
     done = subprocess.run(limited, **command.options | {"env": environment, "timeout": 120})
     assert done.returncode == 2, done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: "), done.stderr
-    assert "larger than this process may write" in last
+    # Tasks that Orbax leaves behind may complain around it, at whatever moment they are collected.
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "larger than this process may write" in errors[0]
     assert not list(folder.rglob("*.tmp"))
     assert not list(folder.glob("run/checkpoints/*"))
     again = command.run("train", *flags, env=environment)

@@ -319,6 +319,8 @@ def _as_os_error(error: ValueError, *, path: Path) -> Exception:
     found = re.search(r"os_error_code='(\d+)'", str(error))
     if found is None:
         return error
+    # The error is told once; what Orbax's other tasks say of it when they are collected is not.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     code = int(found[1])
     return OSError(code, os.strerror(code), str(path))
 

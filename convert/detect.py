@@ -59,7 +59,7 @@ def newest_or_best(path: Path, *, prefer_best: bool, say: Callable[[str], None])
         raise InputError(f"{path}: its checkpoints/ is empty. Give {KNOWN}.")
     for folder in reversed(folders):
         if orbax.matches(folder):
-            from tinyllm_jax.training.checkpoint import damage
+            from tinyllm_jax.training.step_folders import damage
 
             problem = damage(folder)
         else:

@@ -12,18 +12,17 @@ import pytest
 from tinyllm_jax.config import Config
 from tinyllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tinyllm_jax.errors import InputError
-from tinyllm_jax.training import checkpoint
-from tinyllm_jax.training.checkpoint import (
+from tinyllm_jax.training import step_folders as folders
+from tinyllm_jax.training.checkpoint import read_checkpoint, save_checkpoint
+from tinyllm_jax.training.optim import read_moments
+from tinyllm_jax.training.step import TrainState, new_state
+from tinyllm_jax.training.step_folders import (
     damage,
     find_checkpoint,
     mark_best,
     prune_checkpoints,
-    read_checkpoint,
-    save_checkpoint,
     step_folders,
 )
-from tinyllm_jax.training.optim import read_moments
-from tinyllm_jax.training.step import TrainState, new_state
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +154,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, tokenizer, monkeypatch):
     def full_disk(path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint, "_flush_to_disk", full_disk)
+    monkeypatch.setattr(folders, "_flush_to_disk", full_disk)
     for step in (2, 3):
         with pytest.raises(OSError, match="No space left"):
             save(tmp_path, step, tokenizer)

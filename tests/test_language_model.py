@@ -21,8 +21,9 @@ from tinyllm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference.language_model import LanguageModel, load
 from tinyllm_jax.model.weights import merge_weights, model_structure
-from tinyllm_jax.training.checkpoint import mark_best, save_checkpoint
+from tinyllm_jax.training.checkpoint import save_checkpoint
 from tinyllm_jax.training.step import new_state
+from tinyllm_jax.training.step_folders import mark_best
 
 STORIES = ["Once upon a time there was a dog named Tim.", "The cat sat on the red mat."] * 20
 CONTEXT = 48

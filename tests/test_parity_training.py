@@ -35,12 +35,13 @@ from tinyllm_jax.objectives import pretrain as jax_pretrain
 from tinyllm_jax.training import optim as jax_optim
 from tinyllm_jax.training import step as jax_step
 from tinyllm_jax.training.metrics import read_metrics
+from tinyllm_jax.training.step_folders import find_checkpoint
 from tinyllm_torch import train
 from tinyllm_torch.model import weights as torch_weights
 from tinyllm_torch.objectives import pretrain as torch_pretrain
 from tinyllm_torch.training import optim as torch_optim
 from tinyllm_torch.training import step as torch_step
-from tinyllm_torch.training.checkpoint import find_checkpoint, read_checkpoint, save_checkpoint
+from tinyllm_torch.training.checkpoint import read_checkpoint, save_checkpoint
 from tinyllm_torch.training.start import FREE_MODEL_SETTINGS
 
 # Clips now and then, decays visibly, and goes through warm-up, cosine and floor within 50 steps.

@@ -19,9 +19,10 @@ from tinyllm_jax.data import files
 from tinyllm_jax.data.tokenizer import train_tokenizer
 from tinyllm_jax.data.toy_stories import generate_stories
 from tinyllm_jax.training import start
-from tinyllm_jax.training.checkpoint import find_checkpoint, read_checkpoint, write_step_folder
+from tinyllm_jax.training.checkpoint import read_checkpoint, write_step_folder
 from tinyllm_jax.training.metrics import read_metrics
 from tinyllm_jax.training.optim import Moments
+from tinyllm_jax.training.step_folders import find_checkpoint
 
 # Checkpoints away from evaluations and from writes of the metrics file.
 INTERVALS = ["--checkpoint.interval_steps", "28", "--train.eval_interval_steps", "50"]

@@ -31,7 +31,8 @@ def matches(path: Path) -> bool:
 
 def read(path: Path, *, say: Callable[[str], None]) -> Bundle:
     """Read a step folder whose checksums hold."""
-    from tinyllm_jax.training.checkpoint import find_checkpoint, read_checkpoint
+    from tinyllm_jax.training.checkpoint import read_checkpoint
+    from tinyllm_jax.training.step_folders import find_checkpoint
 
     checkpoint = read_checkpoint(find_checkpoint(path, on_damaged=say))
     config, weights = checkpoint.config, from_jax(checkpoint.weights)

@@ -18,7 +18,8 @@ from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference.generate import Generator, bucket
 from tinyllm_jax.model.weights import merge_weights, model_structure
 from tinyllm_jax.settings import build
-from tinyllm_jax.training.checkpoint import damage, open_checkpoint
+from tinyllm_jax.training.checkpoint import open_checkpoint
+from tinyllm_jax.training.step_folders import damage
 
 
 class LanguageModel:

@@ -16,7 +16,7 @@ from tinyllm_jax.config import Config
 from tinyllm_jax.data.batches import prefetch
 from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.model.weights import Weights
-from tinyllm_jax.training.checkpoint import mark_best, prune_checkpoints, save_checkpoint
+from tinyllm_jax.training.checkpoint import save_checkpoint
 from tinyllm_jax.training.metrics import MetricsFile
 from tinyllm_jax.training.progress import Progress
 from tinyllm_jax.training.report import write_report
@@ -28,6 +28,7 @@ from tinyllm_jax.training.step import (
     make_evaluation_step,
     make_train_step,
 )
+from tinyllm_jax.training.step_folders import mark_best, prune_checkpoints
 from tinyllm_jax.training.step_log import StepLog
 
 HostBatch = dict[str, np.ndarray]

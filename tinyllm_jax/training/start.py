@@ -18,15 +18,10 @@ from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.transformer import parameter_dtype
 from tinyllm_jax.model.weights import Weights, initial_weights
 from tinyllm_jax.settings import build, flatten
-from tinyllm_jax.training.checkpoint import (
-    Checkpoint,
-    damage,
-    mark_best,
-    open_checkpoint,
-    step_folders,
-)
+from tinyllm_jax.training.checkpoint import Checkpoint, open_checkpoint
 from tinyllm_jax.training.optim import Moments, write_moments
 from tinyllm_jax.training.step import TrainState, new_state
+from tinyllm_jax.training.step_folders import damage, mark_best, step_folders
 
 DEFAULT_PRESET = "tiny"
 SNAPSHOT = "training_config_snapshot.json"

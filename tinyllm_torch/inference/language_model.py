@@ -14,15 +14,11 @@ from tinyllm_jax.config import GenerateConfig, ModelConfig, SamplingConfig
 from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.settings import build
+from tinyllm_jax.training.step_folders import damage, find_checkpoint
 from tinyllm_torch.inference.generate import Generator
 from tinyllm_torch.model.transformer import Transformer
 from tinyllm_torch.model.weights import as_tensors, merge_weights, model_structure
-from tinyllm_torch.training.checkpoint import (
-    damage,
-    find_checkpoint,
-    holds_checkpoint,
-    read_checkpoint,
-)
+from tinyllm_torch.training.checkpoint import holds_checkpoint, read_checkpoint
 from tinyllm_torch.training.devices import default_device
 
 if TYPE_CHECKING:

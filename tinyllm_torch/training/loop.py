@@ -17,9 +17,10 @@ from tinyllm_jax.training.metrics import MetricsFile
 from tinyllm_jax.training.progress import Progress
 from tinyllm_jax.training.report import write_report
 from tinyllm_jax.training.signals import stop_on_signals
+from tinyllm_jax.training.step_folders import mark_best, prune_checkpoints
 from tinyllm_torch.model.transformer import Transformer
 from tinyllm_torch.model.weights import Weights
-from tinyllm_torch.training.checkpoint import mark_best, prune_checkpoints, save_checkpoint
+from tinyllm_torch.training.checkpoint import save_checkpoint
 from tinyllm_torch.training.step import (
     LossSum,
     LossWeight,

@@ -15,12 +15,9 @@ from tinyllm_jax.data.prepare import PreparedData
 from tinyllm_jax.data.tokenizer import check_tokenizer_hash
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.settings import build, flatten
+from tinyllm_jax.training.step_folders import step_folders
 from tinyllm_torch.model.weights import as_tensors, initial_weights
-from tinyllm_torch.training.checkpoint import (
-    Checkpoint,
-    open_checkpoint,
-    step_folders,
-)
+from tinyllm_torch.training.checkpoint import Checkpoint, open_checkpoint
 from tinyllm_torch.training.devices import default_device
 from tinyllm_torch.training.optim import Moments
 from tinyllm_torch.training.step import TrainState, new_state

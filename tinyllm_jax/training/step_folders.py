@@ -1,0 +1,138 @@
+"""The folders `checkpoints/<step>/` of a run, whatever framework wrote what is in them.
+
+Both packages finish, check, mark and remove them here; this module imports neither framework.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from tinyllm_jax.data.files import free_name, sha256_of_file, write_file
+from tinyllm_jax.errors import InputError
+
+
+def step_folders(run: Path) -> list[tuple[int, Path]]:
+    """List the finished checkpoints of a run, oldest first."""
+    folder = run / "checkpoints"
+    names = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return sorted((int(path.name), path) for path in names)
+
+
+def finish_step_folder(partial: Path, folder: Path) -> None:
+    """Give a step folder its checksums and its name, once every byte of it is on the disk.
+
+    A folder of the same name is replaced.
+    """
+    sums = {name: sha256_of_file(partial / name) for name in _files_below(partial)}
+    write_file(partial / "checksums.json", json.dumps(sums, indent=1).encode())
+    _flush_to_disk(partial)
+    replaced = folder.with_name(f".{folder.name}.removed")
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    partial.rename(folder)
+    _flush_folder(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def mark_best(run: Path, step: int) -> None:
+    """Let `best` point at `checkpoints/<step>`, without a moment in which there is none."""
+    pointer = run / ".best.new"
+    pointer.unlink(missing_ok=True)
+    pointer.symlink_to(Path("checkpoints") / str(step), target_is_directory=True)
+    best = run / "best"
+    if best.is_dir() and not best.is_symlink():  # some ways to copy a run make it a folder
+        best.rename(free_name(best))
+    pointer.replace(best)
+
+
+def prune_checkpoints(run: Path, *, keep: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one, and leftovers of crashes."""
+    for step, folder in step_folders(run)[:-keep]:
+        if step != best_step:
+            _remove(folder)
+    for pattern in (".*.partial", ".*.removed"):
+        for leftover in (run / "checkpoints").glob(pattern):
+            shutil.rmtree(leftover)
+
+
+def damage(folder: Path) -> str | None:
+    """Say what is wrong with a step folder's files, or None when every checksum holds."""
+    try:
+        sums = json.loads((folder / "checksums.json").read_text())
+        for name, expected in dict(sums).items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if sha256_of_file(folder / name) != expected:
+                return f"{name} does not have its checksum"
+    except (OSError, ValueError, TypeError) as error:
+        return f"its files cannot be read and compared with checksums.json ({error})"
+    unknown = set(_files_below(folder)) - set(sums) - {"checksums.json"}
+    if unknown:
+        return f"{sorted(unknown)[0]} was not there when it was written"
+    return None
+
+
+def find_checkpoint(path: Path, *, on_damaged: Callable[[str], None]) -> Path:
+    """Turn a run or step folder into a step folder whose checksums hold.
+
+    Of a run the newest good checkpoint is taken; each damaged newer one is named through
+    `on_damaged`.
+
+    Raises:
+        InputError: the path is no run or step folder, or everything in it is damaged.
+    """
+    if (path / "meta.json").is_file() or (path / "checksums.json").is_file():
+        problem = damage(path)
+        if problem:
+            raise InputError(
+                f"{path}: damaged checkpoint ({problem}). Name the run folder to take the newest "
+                "good one."
+            )
+        return path.resolve()  # `best` is another name for a step
+    if not path.exists():
+        raise InputError(f"{path}: no such folder. Name a run folder or one of its checkpoints.")
+    folders = step_folders(path)
+    for _, folder in reversed(folders):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        on_damaged(f"{folder}: damaged checkpoint ({problem}); the one before it is used.")
+    if folders:
+        raise InputError(f"{path}: every checkpoint in it is damaged. Start again with --out NEW.")
+    if (path / "metrics.jsonl").is_file():
+        raise InputError(
+            f"{path}: this run has no checkpoint yet. Train it again without --resume."
+        )
+    raise InputError(
+        f"{path}: neither a run folder nor a checkpoint. Name a folder that holds checkpoints/."
+    )
+
+
+def _files_below(folder: Path) -> list[str]:
+    """List the files of a step folder, but hidden ones, which file managers leave behind."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return sorted(p.relative_to(folder).as_posix() for p in paths if not p.name.startswith("."))
+
+
+def _flush_to_disk(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _flush_folder(path)
+
+
+def _flush_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(folder: Path) -> None:
+    """Take a checkpoint's name away first, so that a half-removed one never looks whole."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+# The checkout that this file is in, whether it is installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from convert import Bundle, Training, write
 from convert.bundle import default_run, expected_shapes, make_layout
 from tinyllm_jax.config import ModelConfig, load_config

@@ -66,7 +66,7 @@ def read_command(words: Sequence[str] | None) -> argparse.Namespace:
         help="0: float32 for run.c; 1: float32 with a header; 2: int8 for runq.c (default 0)",
     )
     parser.add_argument(
-        "--no-verify", action="store_true", help="do not read DST back and compare its logits"
+        "--no-verify", action="store_true", help="do not read DST back and compare it"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint at DST")
     return parser.parse_args(words)

@@ -6,7 +6,6 @@ layout; rotary positions are half-split. Arrays may be views of files and need n
 """
 
 import dataclasses
-import json
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,11 +15,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from convert.checks import listed, parse_json, read_count, read_number, run_settings, shown
 from tinyllm_jax.config import Config, ModelConfig, config_from_table, config_to_table
-from tinyllm_jax.data.tokenizer import Tokenizer
+from tinyllm_jax.data.tokenizer import Tokenizer, check_tokenizer_hash
 from tinyllm_jax.errors import InputError
 
 META_FORMAT = 1
+META_OF_MODEL = ("format", "config")
+META_OF_TRAINING = (*META_OF_MODEL, "step", "count", "nonfinite_streak", "dataset_hash", "best")
 DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -108,7 +110,7 @@ def check_tensors(arrays: Mapping[str, np.ndarray], config: ModelConfig, *, orig
     """Refuse weights that are not exactly those of the model.
 
     Raises:
-        InputError: every missing, unknown and misshapen tensor, by name, in one line.
+        InputError: the missing, unknown and misshapen tensors, by name, in one line.
     """
     # Before a list of that many names is made.
     if config.num_hidden_layers > len(arrays):
@@ -120,7 +122,7 @@ def check_tensors(arrays: Mapping[str, np.ndarray], config: ModelConfig, *, orig
     missing = [name for name in shapes if name not in arrays]
     unknown = [name for name in arrays if name not in shapes]
     misshapen = [
-        f"{name} has shape {list(array.shape)} instead of {list(shapes[name])}"
+        f"{name} has shape {shown(list(array.shape))} instead of {list(shapes[name])}"
         for name, array in arrays.items()
         if name in shapes and array.shape != shapes[name]
     ]
@@ -129,10 +131,13 @@ def check_tensors(arrays: Mapping[str, np.ndarray], config: ModelConfig, *, orig
         for name, array in arrays.items()
         if name in shapes and array.dtype not in DTYPES.values()
     ]
-    problems = [f"missing: {', '.join(missing)}"] if missing else []
-    problems += [f"unknown: {', '.join(unknown)}"] if unknown else []
-    problems += [f"misshapen: {', '.join(misshapen)}"] if misshapen else []
-    problems += [f"of a type no weight has: {', '.join(not_numbers)}"] if not_numbers else []
+    kinds = {
+        "missing": missing,
+        "unknown": unknown,
+        "misshapen": misshapen,
+        "of a type no weight has": not_numbers,
+    }
+    problems = [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]
     if problems:
         raise InputError(
             f"{origin}: its tensors are not those of this Llama model ({'; '.join(problems)}). "
@@ -202,12 +207,9 @@ def default_run(model: Mapping[str, Any], *, origin: str) -> Config:
     defaults = Config()
     longest = model.get("max_position_embeddings", defaults.model.max_position_embeddings)
     data: dict[str, Any] = {}
-    if isinstance(longest, int) and longest < defaults.data.sequence_length:
+    if isinstance(longest, (int, float)) and longest < defaults.data.sequence_length:
         data["sequence_length"] = longest
-    try:
-        return config_from_table({"model": dict(model), "data": data}, origin="")
-    except InputError as error:
-        raise InputError(f"{origin}: its settings: {' '.join(str(error).splitlines())}") from None
+    return run_settings({"model": dict(model), "data": data}, origin=origin)
 
 
 def run_config(bundle: Bundle) -> Config:
@@ -240,7 +242,7 @@ def meta_table(bundle: Bundle) -> dict[str, Any]:
 
 
 def from_meta_table(
-    text: str,
+    text: bytes | str,
     *,
     weights: Arrays,
     first: Arrays,
@@ -254,37 +256,27 @@ def from_meta_table(
     Raises:
         InputError: the text is no such table, or the arrays are not those of its model.
     """
-    try:
-        meta = json.loads(text)
-        version = meta["format"]
-        table = meta["config"]
-    except (ValueError, KeyError, TypeError) as error:
+    meta = parse_json(text, origin=f"{origin}: its metadata")
+    needed = META_OF_TRAINING if first or second else META_OF_MODEL
+    if not isinstance(meta, dict) or not set(needed) <= meta.keys():
         raise InputError(
-            f"{origin}: its metadata cannot be read ({error!r}). Convert the source again."
-        ) from None
-    if version != META_FORMAT:
-        raise InputError(
-            f"{origin}: checkpoint format {version}, this version reads {META_FORMAT}. Use the "
-            "version of tinyllm that wrote it."
+            f"{origin}: its metadata is no table of {', '.join(needed)}. Convert the source again."
         )
-    config = config_from_table(table, origin=origin)
+    if meta["format"] != META_FORMAT:
+        raise InputError(
+            f"{origin}: checkpoint format {shown(meta['format'])}, this version reads "
+            f"{META_FORMAT}. Use the version of tinyllm that wrote it."
+        )
+    config = run_settings(meta["config"], origin=origin)
+    known = meta.get("tokenizer_hash")
+    if tokenizer is not None and known:
+        check_tokenizer_hash(tokenizer, expected=shown(known), origin=origin)
     check_tensors(weights, config.model, origin=origin)
     training = None
     if first or second:
         check_tensors(first, config.model, origin=f"{origin} (first moments)")
         check_tensors(second, config.model, origin=f"{origin} (second moments)")
-        training = Training(
-            config=config,
-            step=int(meta["step"]),
-            count=int(meta["count"]),
-            first=first,
-            second=second,
-            nonfinite_streak=int(meta["nonfinite_streak"]),
-            seed=config.train.seed,
-            rows_per_step=config.rows_per_step,
-            dataset_hash=meta["dataset_hash"],
-            best=meta["best"],
-        )
+        training = _training_of(meta, config, first=first, second=second, origin=origin)
     layout = make_layout(
         format=format,
         rope="half-split",
@@ -293,6 +285,35 @@ def from_meta_table(
         weights=weights,
     )
     return Bundle(config.model, weights, tokenizer, training, layout)
+
+
+def _training_of(
+    meta: Mapping[str, Any], config: Config, *, first: Arrays, second: Arrays, origin: str
+) -> Training:
+    step, count, streak = (
+        read_count(meta[key], what=key, origin=origin)
+        for key in ("step", "count", "nonfinite_streak")
+    )
+    best = meta["best"]
+    if best is not None:
+        if not isinstance(best, Mapping):
+            raise InputError(
+                f"{origin}: best={shown(best)} is no table of step and loss. Get the file again."
+            )
+        loss = read_number(best.get("loss"), float, what="best.loss", origin=origin)
+        best = {"step": read_count(best.get("step"), what="best.step", origin=origin), "loss": loss}
+    return Training(
+        config=config,
+        step=step,
+        count=count,
+        first=first,
+        second=second,
+        nonfinite_streak=streak,
+        seed=config.train.seed,
+        rows_per_step=config.rows_per_step,
+        dataset_hash=read_number(meta["dataset_hash"], str, what="dataset_hash", origin=origin),
+        best=best,
+    )
 
 
 def to_jax(arrays: Mapping[str, np.ndarray]) -> Arrays:

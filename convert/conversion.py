@@ -21,9 +21,12 @@ from convert.bundle import (
 from convert.detect import detect, is_run_folder, newest_or_best, read_tensor_file
 from convert.formats import gguf, huggingface, llama2c, orbax, safetensors, torch_file
 from convert.landing import landing
+from convert.setting_values import check_held
 from convert.tokenizer_files import load_any_tokenizer
+from convert.verify import Comparer, compare, fingerprint
 from tinyllm_jax.config import ModelConfig
 from tinyllm_jax.data.files import free_name
+from tinyllm_jax.data.sentencepiece_bpe import SentencePieceTokenizer
 from tinyllm_jax.errors import InputError
 
 FORMATS = ("orbax", "torch", "safetensors", "hf", "llama2c", "gguf")
@@ -89,7 +92,7 @@ def read(
         "torch": lambda: torch_file.read(path, settings=settings),
         "hf": lambda: huggingface.read(path, settings=settings, with_tokenizer=tokenizer is None),
         "llama2c": lambda: llama2c.read(path, with_tokenizer=tokenizer is None),
-        "gguf": lambda: gguf.read(path),
+        "gguf": lambda: gguf.read(path, with_tokenizer=tokenizer is None),
         "tensors": lambda: read_tensor_file(path, settings=settings),
     }
     bundle = readers[kind]()
@@ -98,7 +101,8 @@ def read(
         bundle.tokenizer = None
     elif tokenizer is not None:
         bundle.tokenizer = load_any_tokenizer(Path(tokenizer))
-    own = tokenizer is None and kind == "hf"
+    # What lies beside a llama2.c file may be of another model.
+    own = tokenizer is None and kind != "llama2c"
     check_tokenizer(bundle, origin=str(tokenizer or path), may_be_smaller=own)
     return bundle
 
@@ -228,7 +232,12 @@ def prepare(bundle: Bundle, *, to: str, dtype: str | None) -> Bundle:
     Without `dtype` they stay as they are, but for formats that cannot: llama2.c and GGUF have no
     float64, llama2.c nothing but float32, and a run trains float32 weights, which half precision
     would not let it do.
+
+    Raises:
+        InputError: the format has no place for a setting of the model.
     """
+    if to not in WITH_TRAINING:
+        check_held(bundle.model, to=to)
     bundle = dataclasses.replace(bundle, layout=copy.deepcopy(bundle.layout))
     stored = dtype_names(bundle.weights.values())
     wanted = None if dtype == QUANTIZED else dtype
@@ -268,21 +277,26 @@ def _write_and_compare(
     bundle: Bundle, place: Path, *, to: str, dtype: str | None, version: int, origin: str
 ) -> dict[str, Any]:
     """Write, let go of the source, read the copy and compare; both never fill memory together."""
-    from convert.verify import Comparer, compare, fingerprint
-
     double = any(array.dtype.name == "float64" for array in bundle.weights.values())
     comparer, with_training = Comparer(bundle.model, double=double), to in WITH_TRAINING
     give_memory_back()
     before = fingerprint(bundle, comparer, with_training=with_training)
+    has_tokenizer = holds_tokenizer(bundle, to)
     _write(bundle, place, to=to, dtype=dtype, version=version)
     bundle.weights, bundle.training = {}, None
     give_memory_back()
-    after = read(place, None if bundle.tokenizer else NO_TOKENIZER)
-    lossless = dtype != QUANTIZED and (to, version) != ("llama2c", 2)
+    try:
+        after = read(place, None if has_tokenizer else NO_TOKENIZER)
+    except InputError as error:
+        reason = str(error).replace(str(place), origin)
+        reason = reason.replace(str(place.parent), str(Path(origin).parent))
+        raise InputError(f"what was written cannot be read back: {reason}") from None
     found = compare(
         before,
         fingerprint(after, comparer, with_training=with_training),
-        lossless=lossless,
+        lossless=dtype != QUANTIZED and (to, version) != ("llama2c", 2),
+        tokenizers=(bundle.tokenizer, after.tokenizer) if has_tokenizer else None,
+        whole_tokenizer=with_training,
         origin=origin,
     )
     return {
@@ -290,6 +304,13 @@ def _write_and_compare(
         "largest_difference": found.largest,
         "relative_difference": found.relative,
     }
+
+
+def holds_tokenizer(bundle: Bundle, to: str) -> bool:
+    """Tell whether a bundle has a tokenizer and the format takes it."""
+    return bundle.tokenizer is not None and (
+        to != "llama2c" or isinstance(bundle.tokenizer, SentencePieceTokenizer)
+    )
 
 
 def give_memory_back() -> None:

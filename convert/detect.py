@@ -1,5 +1,7 @@
 """Tell what a source is by its content, never by its name alone."""
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +29,8 @@ def detect(path: Path) -> str:
         raise InputError(f"{path}: no such file or folder. Give {KNOWN}.")
     if path.is_dir():
         return _detect_folder(path)
+    if not path.is_file():  # to read from a pipe or a device could take for ever
+        raise InputError(f"{path}: neither a file nor a folder. Give {KNOWN}.")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: an empty file. Give {KNOWN}.")
     for module in (gguf, torch_file):
@@ -53,17 +57,15 @@ def newest_or_best(path: Path, *, prefer_best: bool, say: Callable[[str], None])
     """
     folders = _step_folders(path)
     best = path / "best"
-    if prefer_best and best.is_dir() and _is_step_folder(best):
-        return best
+    if prefer_best and os.path.lexists(best):
+        problem = safetensors.damage(best)
+        if problem is None:
+            return best
+        say(f"{best}: damaged checkpoint ({problem}); the newest good one is used.")
     if not folders:
         raise InputError(f"{path}: its checkpoints/ is empty. Give {KNOWN}.")
     for folder in reversed(folders):
-        if orbax.matches(folder):
-            from tinyllm_jax.training.step_folders import damage
-
-            problem = damage(folder)
-        else:
-            problem = safetensors.damage(folder)
+        problem = safetensors.damage(folder)
         if problem is None:
             return folder
         say(f"{folder}: damaged checkpoint ({problem}); the one before it is used.")
@@ -94,10 +96,7 @@ def read_tensor_file(path: Path, *, settings: ModelConfig | None) -> Bundle:
         transposed=False,
         weights=weights,
     )
-    bundle = Bundle(model, weights, None, None, layout)
-    if "preset" in found:
-        bundle.note(f"the file holds no settings; those of the preset {found['preset']} were taken")
-    return bundle
+    return Bundle(model, weights, None, None, layout | {"notes": found["notes"]})
 
 
 def _detect_folder(path: Path) -> str:
@@ -118,11 +117,8 @@ def _detect_folder(path: Path) -> str:
     raise InputError(f"{path}: a folder with neither config.json nor checkpoints. Give {KNOWN}.")
 
 
-def _is_step_folder(path: Path) -> bool:
-    return orbax.matches(path) or safetensors.matches(path)
-
-
 def _step_folders(path: Path) -> list[Path]:
     folder = path / "checkpoints"
-    found = [entry for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
-    return sorted((entry for entry in found if entry.is_dir()), key=lambda entry: int(entry.name))
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    found = [entry for entry in entries if re.fullmatch("[0-9]+", entry.name) and entry.is_dir()]
+    return sorted(found, key=lambda entry: int(entry.name))

@@ -1,12 +1,18 @@
 """Put a finished file or folder in its place: whole, or not there at all."""
 
 import contextlib
+import errno
+import itertools
 import os
 import shutil
+import signal
+import sys
+import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
-from tinyllm_jax.data.files import free_name
 from tinyllm_jax.errors import InputError
 
 
@@ -25,57 +31,124 @@ def landing(path: Path, *, folder: bool, replace: bool) -> Iterator[Path]:
     Raises:
         InputError: something else is in the way.
     """
-    hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    made = _make_parents(path.parent)
+    _refuse_inside_checkpoint(path)
+    made = [parent for parent in path.parents if not parent.exists()]
+    hidden, landed = None, []
+    with _stopped_in_order():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # The name may be as long as the disk allows; this one is longer.
+            prefix = f".{path.name[:40]}.{os.getpid()}."
+            hidden = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=path.parent))
+            yield hidden / path.name
+            _flush(hidden)
+            if folder:
+                _move(hidden / path.name, path, replace=replace)
+            else:
+                for file in _beside(hidden, path):
+                    _move(file, path.with_name(file.name), replace=False)
+                    landed.append(path.with_name(file.name))
+                _move(hidden / path.name, path, replace=replace)
+            made, landed = [], []
+        finally:
+            for file in landed:
+                file.unlink(missing_ok=True)
+            if hidden:
+                shutil.rmtree(hidden, ignore_errors=True)
+            for parent in made:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+
+
+@contextlib.contextmanager
+def _stopped_in_order() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as an exception does, so that it cleans up.
+
+    Only where they would end the process: a caller that has use for a signal keeps it.
+    """
+
+    def stop(number: int, _: object) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the cleaning
+        sys.exit(128 + number)
+
+    taken = []
+    if threading.current_thread() is threading.main_thread():
+        names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        numbers = [getattr(signal, name) for name in names]
+        taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, stop)
     try:
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir()
-        yield hidden / path.name
-        _flush(hidden)
-        if folder:
-            _move(hidden / path.name, path, replace=replace)
-        else:
-            _check_beside(hidden, path)
-            for file in sorted(hidden.iterdir(), key=lambda file: file.name == path.name):
-                _move(file, path.with_name(file.name), replace=replace or file.name != path.name)
-        made = []
+        yield
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
-def _make_parents(folder: Path) -> list[Path]:
-    """Make missing folders, and list them, innermost first."""
-    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
-
-
-def _check_beside(hidden: Path, path: Path) -> None:
-    for file in hidden.iterdir():
-        there = path.with_name(file.name)
-        if file.name != path.name and there.exists() and there.read_bytes() != file.read_bytes():
+def _refuse_inside_checkpoint(path: Path) -> None:
+    """Refuse a place whose file would make a checkpoint's checksums wrong."""
+    for parent in Path(os.path.realpath(path.parent), path.name).parents:
+        if (parent / "checksums.json").is_file() and (parent / "meta.json").is_file():
             raise InputError(
-                f"{there}: already there, of another model. Name a file in another folder."
+                f"{path}: inside the checkpoint {parent}, which another file in it would damage. "
+                "Name a place outside it."
             )
 
 
+def _beside(hidden: Path, path: Path) -> list[Path]:
+    """List the files that go beside `path` and are not there yet."""
+    found = []
+    for file in hidden.iterdir():
+        there = path.with_name(file.name)
+        if file.name == path.name:
+            continue
+        if not os.path.lexists(there):
+            found.append(file)
+        elif not there.is_file() or there.read_bytes() != file.read_bytes():
+            raise InputError(
+                f"{there}: already there, of another model. Name a file in another folder."
+            )
+    return found
+
+
 def _move(source: Path, path: Path, *, replace: bool) -> None:
-    if replace and os.path.lexists(path) and (path.is_dir() or source.is_dir()):
+    """Give what is hidden its name; a link that has this name gives way, never what it points to."""
+    taken = os.path.lexists(path)
+    # An empty folder has nothing to lose.
+    if taken and not replace and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: already there. Name another, or add --overwrite to replace it.")
+    if replace and taken and (path.is_dir() or source.is_dir()):
         # A folder may hold more than a checkpoint: nothing in it is ever removed.
-        path.rename(free_name(path))
-        source.rename(path)
-    elif source.is_dir() or replace:
+        path.rename(_free_name(path))
+    if source.is_dir() or replace:
         source.replace(path)
     else:
-        os.link(source, path)  # unlike a rename, fails where something has come in between
+        _link(source, path)
     handle = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _link(source: Path, path: Path) -> None:
+    """Name a file, which unlike a rename fails where something has come in between."""
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        raise InputError(
+            f"{path}: already there. Name another, or add --overwrite to replace it."
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        source.rename(path)  # some disks have no second names
+
+
+def _free_name(path: Path) -> Path:
+    """Give the first of `path.1`, `path.2`, ... that is not there, not even as a broken link."""
+    names = (Path(f"{path}.{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _flush(folder: Path) -> None:

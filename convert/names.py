@@ -8,13 +8,15 @@ Source: karpathy/llama2.c, model.py; datawhalechina/happy-llm, docs/chapter5/cod
 jingyaogong/minimind, model/model_minimind.py.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
 from convert.bundle import Arrays, check_tensors, expected_shapes, model_config, settle_tying
+from convert.checks import listed, read_number
 from convert.layout import HALF_SPLIT, INTERLEAVED, half_split
 from tinyllm_jax.config import ModelConfig, load_config, preset_names
 from tinyllm_jax.errors import InputError
@@ -57,7 +59,8 @@ _OUTSIDE = {
 _TABLE = re.compile(
     r"(^|\.)(freqs_cis|freqs_cos|freqs_sin|inv_freq|cos_cached|sin_cached|mask|causal_mask)$"
 )
-_LAYER = re.compile(r"^(?:layers|blocks|h)\.(\d+)\.(.+)\.weight$")
+# As many digits as a number of layers can have.
+_LAYER = re.compile(r"^(?:layers|blocks|h)\.([0-9]{1,6})\.(.+)\.weight$")
 
 # Other words for settings, the likeliest first.
 _WORDS = {
@@ -77,6 +80,16 @@ _WORDS = {
     "tie_word_embeddings": ("tie_word_embeddings", "tie_weights", "weight_tying", "tie_embeddings"),
     "initializer_range": ("initializer_range",),
 }  # fmt: skip
+_TYPES = get_type_hints(ModelConfig)
+# What no shape tells, and changes every number, as a config.json that lacks it means it.
+_UNTOLD = ("rms_norm_eps", "rope_theta", "max_position_embeddings")
+_LLAMA = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048}
+_DEFAULTS = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "minimind": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 32768},
+    "llama2.c": {"rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 2048},
+}
 
 
 def plain_names(arrays: Mapping[str, Any], *, origin: str) -> dict[str, str]:
@@ -86,6 +99,11 @@ def plain_names(arrays: Mapping[str, Any], *, origin: str) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     taken: dict[str, str] = {}
+    if numbers := [name for name in arrays if not isinstance(name, str)]:
+        raise InputError(
+            f"{origin}: tensors under keys that are no names: {listed(numbers)}. Give a file that "
+            "holds a state dict."
+        )
     for name in arrays:
         plain = name
         for wrapper in WRAPPERS:
@@ -95,7 +113,8 @@ def plain_names(arrays: Mapping[str, Any], *, origin: str) -> dict[str, str]:
             continue
         if plain in taken:
             raise InputError(
-                f"{origin}: {taken[plain]} and {name} are the same weight. Keep one of them."
+                f"{origin}: {listed([taken[plain], name], between=' and ')} are the same weight. "
+                "Keep one of them."
             )
         taken[plain] = name
         found[name] = plain
@@ -163,19 +182,26 @@ def to_bundle_weights(
     if len(weights) < len(plain):
         raise InputError(
             f"{origin}: several tensors stand for the same weight: "
-            f"{', '.join(sorted(plain.values()))}. Keep one of each."
+            f"{listed(sorted(plain.values()))}. Keep one of each."
         )
     swapped = meta and untangle_swapped(weights, certain=certain, origin=origin)
     return weights, {"rope": INTERLEAVED if meta else HALF_SPLIT, "swapped": swapped}
 
 
-def declared_settings(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Pick the settings of the model out of another project's config, under our names."""
+def declared_settings(table: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
+    """Pick the settings of the model out of another project's config, under our names.
+
+    Raises:
+        InputError: a value is not of the type that the setting has.
+    """
     found = {}
     for ours, words in _WORDS.items():
-        value = next((table[word] for word in words if table.get(word) is not None), None)
+        word = next((word for word in words if table.get(word) is not None), None)
+        if word is None:
+            continue
+        value = read_number(table[word], _TYPES[ours], what=word, origin=origin)
         # 0 and None both stand for "derived from the rest" in these projects.
-        if value is not None and (value != 0 or isinstance(value, bool)):
+        if value != 0 or isinstance(value, bool):
             found[ours] = value
     return found
 
@@ -183,13 +209,20 @@ def declared_settings(table: Mapping[str, Any]) -> dict[str, Any]:
 def settings_from_shapes(weights: Arrays, declared: Mapping[str, Any]) -> dict[str, Any]:
     """Complete declared settings with what the shapes of the weights tell."""
     fields = dict(declared)
-    layers = {int(name.split(".")[1]) for name in weights if re.match(r"layers\.\d+\.", name)}
-    table = weights.get("embed_tokens.weight")
-    gate = weights.get("layers.0.mlp.gate_proj.weight")
-    query, key = (weights.get(f"layers.0.self_attn.{letter}_proj.weight") for letter in "qk")
+    layers = [int(match[1]) for name in weights if (match := _LAYER.match(name))]
+    # What is no matrix tells nothing, and is refused by name once all settings are known.
+    table, gate, query, key = (
+        array if (array := weights.get(f"{name}.weight")) is not None and array.ndim == 2 else None
+        for name in (
+            "embed_tokens",
+            "layers.0.mlp.gate_proj",
+            "layers.0.self_attn.q_proj",
+            "layers.0.self_attn.k_proj",
+        )
+    )
     if layers:
         fields.setdefault("num_hidden_layers", max(layers) + 1)
-    if table is not None and table.ndim == 2:
+    if table is not None:
         fields.setdefault("vocab_size", table.shape[0])
         fields.setdefault("hidden_size", table.shape[1])
     if gate is not None:
@@ -200,6 +233,29 @@ def settings_from_shapes(weights: Arrays, declared: Mapping[str, Any]) -> dict[s
     if fields.get("head_dim") and key is not None:
         fields.setdefault("num_key_value_heads", max(1, key.shape[0] // fields["head_dim"]))
     return fields
+
+
+def take_defaults(fields: dict[str, Any], table: Mapping[str, Any], *, certain: bool) -> list[str]:
+    """Fill in what neither a config says nor shapes tell: the defaults of whose config it is.
+
+    Args:
+        certain: The config is llama2.c's.
+
+    Returns:
+        A sentence about them for the report, or nothing.
+    """
+    whose, defaults = "this project", {name: getattr(ModelConfig(), name) for name in _UNTOLD}
+    kind = "llama2.c" if certain else table.get("model_type")
+    if kind is None and any(word in table for word in ("architectures", "transformers_version")):
+        kind = "llama"
+    if isinstance(kind, str) and kind in _DEFAULTS:
+        whose, defaults = kind, _DEFAULTS[kind]
+    missing = {name: defaults[name] for name in _UNTOLD if name not in fields}
+    fields.update(missing)
+    if not missing:
+        return []
+    words = ", ".join(f"{name}={value:g}" for name, value in missing.items())
+    return [f"the source does not say {words}; these are the defaults of {whose}"]
 
 
 def foreign_model(
@@ -214,32 +270,44 @@ def foreign_model(
 
     Args:
         table: The config that stands in the file or beside it.
-        settings: What `--config` names, over the table.
+        settings: What `--config` names, instead of the table.
         certain: w2 and w3 are known not to be swapped.
 
     Returns:
-        The model, its weights half-split, and what was found: `rope`, `swapped`, `preset`.
+        The model, its weights half-split, and what was found: `rope`, `swapped`, and `notes` for
+        the report.
 
     Raises:
         InputError: no settings are known, or the tensors are not those of the settings.
     """
     weights, found = to_bundle_weights(arrays, certain=certain, origin=origin)
-    declared = declared_settings(table or {})
+    table = table or {}
+    notes: list[str] = []
+    if found["swapped"]:
+        notes.append("feed_forward.w2 and w3 were swapped in the source; their shapes told")
     if settings is not None:
         declared_tying = settings.tie_word_embeddings
         config = settings
         settle_tying(weights, declared_tying, origin=origin)
     else:
+        declared = declared_settings(table, origin=origin)
         tied = settle_tying(weights, declared.get("tie_word_embeddings"), origin=origin)
         declared["tie_word_embeddings"] = tied
         if "num_attention_heads" not in declared:
-            config, found["preset"] = preset_of(weights, tied=tied, origin=origin)
+            preset, name = preset_of(weights, tied=tied, origin=origin)
+            config = model_config(dataclasses.asdict(preset) | declared, origin=origin)
+            notes.append(
+                f"the source does not say all settings; those of the preset {name} were taken, "
+                "whose shapes it has (--config NAME or FILE.toml for others)"
+            )
         else:
-            config = model_config(settings_from_shapes(weights, declared), origin=origin)
+            fields = settings_from_shapes(weights, declared)
+            notes += take_defaults(fields, table, certain=certain)
+            config = model_config(fields, origin=origin)
     check_tensors(weights, config, origin=origin)
     if found["rope"] == INTERLEAVED:
         weights = {name: half_split(name, array, config) for name, array in weights.items()}
-    return config, weights, found
+    return config, weights, found | {"notes": notes}
 
 
 def preset_of(weights: Arrays, *, tied: bool, origin: str) -> tuple[ModelConfig, str]:

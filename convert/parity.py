@@ -38,10 +38,11 @@ class Row:
     """One line of the table."""
 
     what: str
-    absolute: float
-    relative: float  # to the largest magnitude of the array that it is in
-    where: str
+    absolute: float  # the largest difference of all arrays
+    relative: float  # the largest of each array's, by the largest magnitude in it
+    where: str  # the place of the relative one
     tolerance: float  # of the relative difference
+    absolute_at: str = ""  # the place of the absolute one
 
     @property
     def passed(self) -> bool:
@@ -252,9 +253,9 @@ def filter_rows(
 def difference(
     what: str, actual: Mapping[str, Any], expected: Mapping[str, Any], tolerance: float
 ) -> Row:
-    """Find the largest difference, each relative to the largest magnitude of its own array."""
+    """Find the largest difference and, of all arrays, the largest relative to its own magnitude."""
     assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
-    worst = Row(what, 0.0, -1.0, "", tolerance)
+    absolute, relative = (-1.0, ""), (-1.0, "")
     for name, wanted in expected.items():
         one, other = (np.asarray(array).astype(np.float64) for array in (actual[name], wanted))
         assert one.shape == other.shape, f"{name}: {one.shape} is not {other.shape}"
@@ -263,13 +264,15 @@ def difference(
         finite = np.abs(other[np.isfinite(other)])
         place = np.unravel_index(int(np.argmax(gap)), gap.shape)
         largest = float(gap[place])
-        relative = largest / (float(finite.max(initial=0.0)) or 1.0)
-        if math.isnan(worst.relative):
-            break  # nothing is worse
-        if relative > worst.relative or math.isnan(relative):
-            found = where(name, what, place) if relative else ""
-            worst = Row(what, largest, relative, found, tolerance)
-    return worst
+        found = where(name, what, place) if largest else ""
+        absolute = worse(absolute, (largest, found))
+        relative = worse(relative, (largest / (float(finite.max(initial=0.0)) or 1.0), found))
+    return Row(what, absolute[0], relative[0], relative[1], tolerance, absolute[1])
+
+
+def worse(one: tuple[float, str], other: tuple[float, str]) -> tuple[float, str]:
+    """Choose the larger of two differences with their places; nothing is worse than no number."""
+    return one if math.isnan(one[0]) or other[0] <= one[0] else other
 
 
 def where(name: str, what: str, place: tuple[Any, ...]) -> str:
@@ -330,7 +333,9 @@ def row_text(row: Row) -> str:
         f"{row.relative:.1e}",
         f"{row.tolerance:.0e}",
         "pass" if row.passed else "FAIL",
-        row.where,
+        row.where
+        if row.absolute_at in ("", row.where)
+        else f"{row.where} (absolute: {row.absolute_at})",
     )
 
 

@@ -7,13 +7,15 @@ Source: huggingface/safetensors, README.md ("Format").
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from convert.checks import parse_json, shown
 from tinyllm_jax.errors import InputError
 
 # A longer header is no header; the reference reader has the same limit.
@@ -23,13 +25,20 @@ TYPES: dict[str, np.dtype] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "C64": np.dtype("<c8"),
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
     "I16": np.dtype("<i2"),
     "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+MOST_DIMENSIONS = 64  # NumPy's own limit
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
@@ -39,6 +48,13 @@ def looks_like_safetensors(path: Path) -> bool:
         start = file.read(9)
     length = int.from_bytes(start[:8], "little")
     return len(start) == 9 and start[8:] == b"{" and 2 <= length <= LARGEST_HEADER_BYTES
+
+
+class _Row(NamedTuple):
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int  # of its bytes, counted from the end of the header
+    end: int
 
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -51,35 +67,76 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(length) if length <= min(size, LARGEST_HEADER_BYTES) else b""
-    if len(text) != length or size < 8 + length:
-        raise _cut_short(path, size=size, expected=8 + length)
+    start = 8 + length
+    if len(text) != length or size < start:
+        raise _cut_short(path, size=size, expected=start)
     try:
-        header: dict[str, Any] = json.loads(text)
-        metadata = header.pop("__metadata__", {})
-        rows: dict[str, Any] = {
-            name: (TYPES[row["dtype"]], tuple(row["shape"]), *row["data_offsets"])
-            for name, row in header.items()
+        rows, metadata = _read_header(parse_json(text, origin=f"{path}: its header"))
+        end = _check_places(rows)
+        if size < start + end:
+            raise _cut_short(path, size=size, expected=start + end)
+        if size > start + end:
+            raise ValueError(f"it describes {start + end:,} of the file's {size:,} bytes")
+        # Copy-on-write: what is done to an array never reaches the file.
+        content = np.asarray(np.memmap(path, mode="c"))
+        found = {
+            name: content[start + row.begin : start + row.end].view(row.dtype).reshape(row.shape)
+            for name, row in rows.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except InputError:
+        raise
+    except ValueError as error:
         raise InputError(
-            f"{path}: its safetensors header cannot be read ({error!r}). Get the file again."
+            f"{path}: its safetensors header cannot be right ({shown(str(error))}). Get the file "
+            "again."
         ) from None
-    end = max((row[3] for row in rows.values()), default=0)
-    if size < 8 + length + end:
-        raise _cut_short(path, size=size, expected=8 + length + end)
-    # Copy-on-write: what is done to an array never reaches the file.
-    content = np.asarray(np.memmap(path, mode="c"))
-    found = {}
-    for name, (dtype, shape, begin, stop) in rows.items():
-        wanted = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        if begin < 0 or stop - begin != wanted:
-            raise InputError(
-                f"{path}: {name} has {stop - begin} bytes and its shape {list(shape)} needs "
-                f"{wanted}. Get the file again."
-            )
-        plain = content[8 + length + begin : 8 + length + stop]
-        found[name] = plain.view(dtype).reshape(shape)
     return found, metadata
+
+
+def _read_header(table: Any) -> tuple[dict[str, _Row], dict[str, str]]:
+    """Take the header apart; the rules are those of the reference reader."""
+    if not isinstance(table, dict):
+        raise ValueError("it is no table")
+    metadata = table.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("its __metadata__ is no table of texts")
+    rows = {}
+    for name, row in table.items():
+        match row:
+            case {"dtype": str(word), "shape": [*shape], "data_offsets": [begin, end]}:
+                numbers = (*shape, begin, end)
+            case _:
+                raise ValueError(f"{shown(name)} is {shown(row)}")
+        name.encode()  # JSON can spell halves of a character, which no text holds
+        if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise ValueError(f"{shown(name)} has shape {shown(shape)} at {shown([begin, end])}")
+        if word not in TYPES or len(shape) > MOST_DIMENSIONS:
+            raise ValueError(
+                f"{shown(name)} is {shown(word)} of {len(shape)} dimensions; read are "
+                f"{', '.join(TYPES)} of at most {MOST_DIMENSIONS}"
+            )
+        rows[name] = _Row(TYPES[word], tuple(shape), begin, end)
+    return rows, metadata
+
+
+def _check_places(rows: Mapping[str, _Row]) -> int:
+    """Check that each tensor has the bytes of its shape, and begins where another ends.
+
+    Returns:
+        The bytes of all tensors.
+    """
+    place = 0
+    for name, row in sorted(rows.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if row.begin != place:
+            raise ValueError(f"{shown(name)} begins at byte {row.begin:,}, and {place:,} is next")
+        wanted = math.prod(row.shape) * row.dtype.itemsize
+        if row.end - row.begin != wanted:
+            raise ValueError(
+                f"{shown(name)} has {row.end - row.begin:,} bytes, and its shape {list(row.shape)} needs "
+                f"{shown(wanted)}"
+            )
+        place = row.end
+    return place
 
 
 def write_tensors(

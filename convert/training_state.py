@@ -6,24 +6,10 @@ from typing import Any
 import numpy as np
 
 from convert.bundle import Arrays, Training, default_run
-from tinyllm_jax.config import Config, ModelConfig, config_from_table, config_to_table
+from convert.checks import read_count, run_settings
+from convert.llama2c_run import llama2c_settings
+from tinyllm_jax.config import Config, ModelConfig, config_to_table
 from tinyllm_jax.errors import InputError
-
-# llama2.c's words for the settings of a run, and ours.
-_RUN_WORDS = {
-    "learning_rate": ("optimizer", "learning_rate"),
-    "min_lr": ("optimizer", "min_learning_rate"),
-    "warmup_iters": ("optimizer", "warmup_steps"),
-    "weight_decay": ("optimizer", "weight_decay"),
-    "beta1": ("optimizer", "beta1"),
-    "beta2": ("optimizer", "beta2"),
-    "grad_clip": ("optimizer", "max_grad_norm"),
-    "max_iters": ("train", "max_steps"),
-    "batch_size": ("train", "batch_size"),
-    "gradient_accumulation_steps": ("train", "gradient_accumulation_steps"),
-    "eval_interval": ("train", "eval_interval_steps"),
-    "seed": ("train", "seed"),
-}
 
 
 def adamw_moments(
@@ -45,43 +31,58 @@ def adamw_moments(
     groups, moments = state.get("param_groups"), state.get("state")
     if not isinstance(groups, Sequence) or not isinstance(moments, Mapping):
         return None
-    numbers = [number for group in groups for number in group.get("params", ())]
+    lists: list[Any] = [
+        group.get("params") if isinstance(group, Mapping) else None for group in groups
+    ]
+    if not all(isinstance(each, Sequence) for each in lists):
+        return None
+    numbers = [number for each in lists for number in each]
+    if not all(isinstance(n, (int, str)) for n in numbers) or len(set(numbers)) < len(numbers):
+        return None
     matrices = [name for name in names if len(shapes[name]) >= 2]
     others = [name for name in names if len(shapes[name]) < 2]
-    sizes = [len(group.get("params", ())) for group in groups]
+    sizes = [len(each) for each in lists]
     if sizes == [len(matrices), len(others)]:
         order = [*matrices, *others]
     elif sizes == [len(names)]:
         order = list(names)
     else:
         return None
-    count, first, second = 0, {}, {}
+    counts, first, second = set(), {}, {}
     for number, name in zip(numbers, order, strict=True):
         row = moments.get(number)
-        if row is None or "exp_avg" not in row or "exp_avg_sq" not in row:
+        if not isinstance(row, Mapping):
             return None
-        if row["exp_avg"].shape != shapes[name] or row["exp_avg_sq"].shape != shapes[name]:
+        pair = first[name], second[name] = row.get("exp_avg"), row.get("exp_avg_sq")
+        if not all(isinstance(m, np.ndarray) and m.shape == shapes[name] for m in pair):
             return None
-        first[name], second[name] = row["exp_avg"], row["exp_avg_sq"]
-        count = int(np.asarray(row["step"]))
-    return count, first, second
+        counts.add(_updates(row.get("step")))
+    # One count is kept for all; a parameter that missed updates has another.
+    if len(counts) != 1 or None in counts:
+        return None
+    return counts.pop(), first, second
 
 
-def foreign_run(table: Mapping[str, Any], model: ModelConfig, *, origin: str) -> Config:
-    """Make the settings of a run from llama2.c's, as far as they are the same thing."""
-    run = config_to_table(default_run(_fields(model), origin=origin))
-    for theirs, (section, ours) in _RUN_WORDS.items():
-        if isinstance(table.get(theirs), (int, float)):
-            run[section][ours] = table[theirs]
-    if "min_lr" not in table:
-        run["optimizer"]["min_learning_rate"] = 0.0
+def _updates(value: Any) -> int | None:
     try:
-        return config_from_table(run, origin=origin)
-    except InputError as error:
-        raise InputError(
-            f"{origin}: the settings of its run are out of range: {error} Convert the weights of "
-            "its model.bin or state dict alone."
-        ) from None
+        return read_count(value, what="step", origin="")
+    except InputError:
+        return None
+
+
+def foreign_run(
+    table: Mapping[str, Any], model: ModelConfig, *, origin: str
+) -> tuple[Config, list[str]]:
+    """Make the settings of a run from llama2.c's, as far as they are the same thing.
+
+    Returns:
+        The settings, and what a person should know of them.
+    """
+    run = config_to_table(default_run(_fields(model), origin=origin))
+    found, notes = llama2c_settings(table, model)
+    for section, values in found.items():
+        run[section] |= values
+    return run_settings(run, origin=f"{origin}, its run"), notes
 
 
 def foreign_training(

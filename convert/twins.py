@@ -19,8 +19,8 @@ from tinyllm_jax.inference import generate as jax_generate
 from tinyllm_jax.inference import sampling as jax_sampling
 from tinyllm_jax.model import kv_cache as jax_cache
 from tinyllm_jax.model import weights as jax_weights
+from tinyllm_jax.model.layers import compute_dtype as jax_dtype
 from tinyllm_jax.model.rope import rope_tables as jax_rope_tables
-from tinyllm_jax.model.transformer import compute_dtype as jax_dtype
 from tinyllm_jax.objectives import losses as jax_losses
 from tinyllm_jax.objectives import pretrain as jax_pretrain
 from tinyllm_jax.training import optim as jax_optim
@@ -29,7 +29,7 @@ from tinyllm_torch.inference import generate as torch_generate
 from tinyllm_torch.inference import sampling as torch_sampling
 from tinyllm_torch.model import kv_cache as torch_cache
 from tinyllm_torch.model import weights as torch_weights
-from tinyllm_torch.model.transformer import compute_dtype as torch_dtype
+from tinyllm_torch.model.layers import compute_dtype as torch_dtype
 from tinyllm_torch.objectives import losses as torch_losses
 from tinyllm_torch.objectives import pretrain as torch_pretrain
 from tinyllm_torch.training import optim as torch_optim
@@ -161,12 +161,11 @@ class JaxSide:
         def run(weights: Any, tokens: Any) -> list[Any]:
             model = jax_weights.merge_weights(self._structure, weights)
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-            rope = jax_rope_tables(
-                positions, head_dim=config.head_dim, theta=config.rope_theta, dtype=dtype
-            )
+            rope = jax_rope_tables(positions, config, dtype=dtype)
+            at: Any = {"positions": positions, "counted": jnp.ones(tokens.shape, bool)}
             x, found = model.embed_tokens(tokens, dtype=dtype), []
             for layer in model.layers:
-                x, _ = layer(x, rope, None, cache=None, positions=positions, dropout_key=None)
+                x, _, _ = layer(x, rope, None, cache=None, dropout_key=None, **at)
                 found.append(x)
             return [*found, model.logits(model.norm(x))]
 
@@ -177,8 +176,8 @@ class JaxSide:
         @jax.jit
         def read(weights: Any, tokens: Any, positions: Any, cache: Any) -> Any:
             model = jax_weights.merge_weights(self._structure, weights)
-            hidden, cache = model.hidden(tokens, positions, cache=cache)
-            return model.logits(hidden), cache
+            hidden = model.hidden(tokens, positions, cache=cache)
+            return model.logits(hidden.states), hidden.cache
 
         rows, slots = tokens.shape
         with self._precision():
@@ -268,10 +267,11 @@ class TorchSide:
         )
         pieces = []
         for piece, positions in _pieces(tokens, prompt):
-            hidden, cache = self._model.hidden(
+            hidden = self._model.hidden(
                 torch.from_numpy(piece), torch.from_numpy(positions), cache=cache
             )
-            pieces.append(self._model.logits(hidden).numpy())
+            cache = hidden.cache
+            pieces.append(self._model.logits(hidden.states).numpy())
         return np.concatenate(pieces, axis=1)
 
     def greedy(self, prompt: Sequence[int], *, count: int) -> list[int]:

@@ -2,15 +2,20 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from convert.bundle import Bundle, digest, to_jax
-from tinyllm_jax.config import ModelConfig
+from convert.checks import listed
+from convert.setting_values import EXECUTION_SETTINGS
+from convert.tokenizer_files import sample_texts
+from tinyllm_jax.config import ModelConfig, RunConfig, config_to_table
+from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.errors import InputError
+from tinyllm_jax.settings import flatten
 
 # A copy in fewer bits may move logits by this share of their spread (root mean square); int8 and
 # bfloat16 stay well below, a wrong permutation or a swapped matrix far above.
@@ -24,7 +29,7 @@ class Fingerprint:
 
     model: ModelConfig
     digests: dict[str, Any]  # of weights and moments
-    counters: tuple[Any, ...]
+    counters: dict[str, Any]  # and settings of the run, where there is one
     logits: np.ndarray
 
 
@@ -76,8 +81,8 @@ class Comparer:
         import jax
         import jax.numpy as jnp
 
+        from tinyllm_jax.model.layers import compute_dtype
         from tinyllm_jax.model.rope import rope_tables
-        from tinyllm_jax.model.transformer import compute_dtype
         from tinyllm_jax.model.weights import merge_weights, model_structure
 
         model, tokens = self._model, self._tokens()
@@ -90,9 +95,11 @@ class Comparer:
 
         def layer(weights: Any, x: Any) -> Any:
             at: Any = jnp.asarray(positions)
-            rope = rope_tables(at, head_dim=model.head_dim, theta=model.rope_theta, dtype=dtype)
+            rope, counted = rope_tables(at, model, dtype=dtype), jnp.ones(at.shape, bool)
             block: Any = merge_weights(structure, weights).layers[0]
-            return block(x, rope, None, cache=None, positions=at, dropout_key=None)[0]
+            return block(
+                x, rope, None, cache=None, positions=at, counted=counted, dropout_key=None
+            )[0]
 
         def score(weights: Any, x: Any) -> Any:
             whole = merge_weights(structure, weights)
@@ -114,8 +121,21 @@ def fingerprint(bundle: Bundle, comparer: Comparer, *, with_training: bool) -> F
     )
 
 
-def compare(source: Fingerprint, copy: Fingerprint, *, lossless: bool, origin: str) -> Difference:
+def compare(
+    source: Fingerprint,
+    copy: Fingerprint,
+    *,
+    lossless: bool,
+    tokenizers: tuple[Tokenizer | None, Tokenizer | None] | None,
+    whole_tokenizer: bool,
+    origin: str,
+) -> Difference:
     """Compare a copy with its source.
+
+    Args:
+        lossless: Every bit must be the same.
+        tokenizers: Of source and copy; None where the copy has none.
+        whole_tokenizer: Its bytes must be the same, since training goes on with it.
 
     Raises:
         InputError: it is not the same model.
@@ -124,10 +144,11 @@ def compare(source: Fingerprint, copy: Fingerprint, *, lossless: bool, origin: s
     if lossless:
         names = source.digests.keys() | copy.digests.keys()
         different = sorted(n for n in names if source.digests.get(n) != copy.digests.get(n))
-        problems += [f"{', '.join(different)} changed"] if different else []
-    if source.counters != copy.counters:
-        problems.append(f"counters {source.counters} became {copy.counters}")
-    problems += _changed_settings(source.model, copy.model)
+        problems += [f"{listed(different)} changed"] if different else []
+    problems += _changes(source.counters, copy.counters)
+    problems += _changes(_computed(source.model), _computed(copy.model))
+    if tokenizers is not None:
+        problems += _changed_tokenizer(*tokenizers, whole=whole_tokenizer)
     gap = np.abs(source.logits.astype(np.float64) - copy.logits.astype(np.float64))
     spread = float(np.std(source.logits.astype(np.float64))) or 1.0
     same = np.array_equal(source.logits, copy.logits, equal_nan=True)
@@ -151,23 +172,49 @@ def _arrays(bundle: Bundle, with_training: bool) -> Iterator[tuple[str, np.ndarr
                 yield f"{kind} moment of {name}", array
 
 
-def _counters(bundle: Bundle, with_training: bool) -> tuple[Any, ...]:
+def _counters(bundle: Bundle, with_training: bool) -> dict[str, Any]:
+    """List what a run goes on from beside its arrays; where it lies may differ."""
     training = bundle.training
     if training is None or not with_training:
-        return ()
-    best = tuple(sorted(training.best.items())) if training.best else None
-    return (
-        training.step, training.count, training.nonfinite_streak, training.seed,
-        training.rows_per_step, training.dataset_hash, best,
-    )  # fmt: skip
+        return {}
+    names = ("step", "count", "nonfinite_streak", "seed", "rows_per_step", "dataset_hash")
+    best = {f"best.{name}": value for name, value in (training.best or {}).items()}
+    settings = config_to_table(dataclasses.replace(training.config, run=RunConfig()))
+    return {name: getattr(training, name) for name in names} | best | flatten(settings)
 
 
-def _changed_settings(source: ModelConfig, copy: ModelConfig) -> list[str]:
-    """Name settings that change the forward pass and are not what they were."""
-    names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
-        "rope_theta", "rms_norm_eps", "tie_word_embeddings",
-    )  # fmt: skip
-    before, after = dataclasses.asdict(source), dataclasses.asdict(copy)
-    return [f"{n}={before[n]} became {after[n]}" for n in names if before[n] != after[n]]
+def _computed(model: ModelConfig) -> dict[str, Any]:
+    """List the settings that change the forward pass, those to come among them."""
+    table = dataclasses.asdict(model)
+    return {name: value for name, value in table.items() if name not in EXECUTION_SETTINGS}
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    missing = object()
+    names = [n for n in {**before, **after} if before.get(n, missing) != after.get(n, missing)]
+    changes = [f"{name}={before.get(name)} became {after.get(name)}" for name in names]
+    return [listed(changes)] if changes else []
+
+
+def _changed_tokenizer(
+    source: Tokenizer | None, copy: Tokenizer | None, *, whole: bool
+) -> list[str]:
+    """Compare two tokenizers: their bytes or, where a format cannot keep these, what they do."""
+    if source is None or copy is None:
+        return ["the tokenizer is gone"]
+    if source.hash == copy.hash:
+        return []
+    if whole:
+        return ["the tokenizer is another file"]
+    for name in ("bos_id", "eos_id"):
+        if getattr(source, name) != getattr(copy, name):
+            return [f"the tokenizer's {name}={getattr(source, name)} became {getattr(copy, name)}"]
+    texts = sample_texts(source)
+    both = zip(source.encode_batch(texts), copy.encode_batch(texts), strict=True)
+    other = [text for text, (one, two) in zip(texts, both, strict=True) if one != two]
+    if not other:
+        return []
+    return [
+        f"the tokenizer gives other ids for {len(other)} of {len(texts)} texts, such as "
+        f"{other[0][:40]!r} (--tokenizer none leaves it out)"
+    ]

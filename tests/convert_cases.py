@@ -111,6 +111,29 @@ def meta_arguments(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def llama2c_checkpoint(bundle: Bundle) -> dict[str, Any]:
+    """Hold a run as llama2.c's train.py saves it, in tensors, with moments made of the weights."""
+    import torch
+
+    state = {name: torch.tensor(array.copy()) for name, array in meta_state(bundle).items()}
+    names = [name for name in state if name != "output.weight"]
+    order = sorted(names, key=lambda name: state[name].dim() < 2)
+    matrices = sum(state[name].dim() >= 2 for name in names)
+    rows = {
+        number: {"step": torch.tensor(5.0), "exp_avg": state[name], "exp_avg_sq": state[name] ** 2}
+        for number, name in enumerate(order)
+    }
+    groups = [{"params": list(range(matrices))}, {"params": list(range(matrices, len(order)))}]
+    return {
+        "model": state,
+        "model_args": meta_arguments(bundle.model),
+        "optimizer": {"state": rows, "param_groups": groups},
+        "iter_num": 5,
+        "best_val_loss": torch.tensor(1.5),
+        "config": {"learning_rate": 1e-3, "max_iters": 50, "batch_size": 8, "warmup_iters": 3},
+    }
+
+
 def save_torch(path: Path, content: dict[str, Any]) -> Path:
     """Save a dict with every array in it as a tensor."""
     import torch

@@ -406,8 +406,8 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
 def test_a_number_of_layers_that_no_file_holds_is_one_short_line(trained_run, tmp_path):
     convert.write(convert.read(trained_run), tmp_path / "hf", to="hf")
     path = tmp_path / "hf/config.json"
-    table = json.loads(path.read_text()) | {"num_hidden_layers": 10**9}
+    table = json.loads(path.read_text()) | {"num_hidden_layers": 10**6}
     path.write_text(json.dumps(table))
-    with pytest.raises(InputError, match="num_hidden_layers=1000000000, and there are") as caught:
+    with pytest.raises(InputError, match="num_hidden_layers=1000000, and there are") as caught:
         convert.read(tmp_path / "hf")
     assert len(str(caught.value)) < 300

@@ -19,6 +19,7 @@ from convert_cases import (
 from llama_oracle import random_weights
 
 import convert
+from convert.llama2c_run import SCHEDULE_NOTE
 from tinyllm_jax.config import load_config
 from tinyllm_jax.errors import InputError
 
@@ -140,7 +141,7 @@ def test_both_moments_of_llama2c_come_along(tmp_path):
         "iter_num": 2,
         "best_val_loss": torch.tensor(1.25),
         "config": {"learning_rate": 1e-3, "max_iters": 50, "batch_size": 8, "beta2": 0.95,
-                   "warmup_iters": 3, "always_save_checkpoint": False, "dataset": "tinystories"},
+                   "warmup_iters": 3, "max_seq_len": 32, "dropout": 0.25, "decay_lr": True, "always_save_checkpoint": False, "dataset": "tinystories"},
     }  # fmt: skip
     assert head.shape == state["tok_embeddings.weight"].shape
     torch.save(content, tmp_path / "ckpt.pt")
@@ -150,6 +151,10 @@ def test_both_moments_of_llama2c_come_along(tmp_path):
     assert (training.step, training.count, training.best) == (2, 2, {"step": 2, "loss": 1.25})
     assert training.config.optimizer.learning_rate == 1e-3
     assert training.config.train.max_steps == 50
+    assert training.config.data.sequence_length == 32
+    assert found.model == training.config.model
+    assert found.model.residual_dropout == found.model.attention_dropout == 0.25
+    assert SCHEDULE_NOTE in found.layout["notes"]
     for moments, key in ((training.first, "exp_avg"), (training.second, "exp_avg_sq")):
         theirs = {n: optimizer.state[p][key].numpy() for n, p in parameters.items()}
         theirs["output.weight"] = theirs["tok_embeddings.weight"]

@@ -167,3 +167,15 @@ def test_a_tokenizer_of_another_model_beside_the_file_stays(tmp_path, trained_ru
 
 def test_groups_are_halved_until_they_fit():
     assert llama2c._group_size(changed(GROUPED, hidden_size=128, intermediate_size=352)) == 32
+
+
+def test_groups_that_cut_rows_are_no_file_of_llama2c(tmp_path):
+    convert.write(random_bundle(), tmp_path / "x.bin", llama2c_version=2)
+    content = bytearray((tmp_path / "x.bin").read_bytes())
+    content[37:41] = struct.pack("<i", 7)
+    header = llama2c.Header(2, 24, 40, 2, 4, 2, 67, 64, True, 7)
+    (tmp_path / "x.bin").write_bytes(
+        content.ljust(llama2c._file_size(header), b"\0")[: llama2c._file_size(header)]
+    )
+    with pytest.raises(InputError, match="x.bin: not a known format"):
+        convert.read(tmp_path / "x.bin")

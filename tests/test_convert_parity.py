@@ -17,7 +17,7 @@ from convert_cases import UNTIED, random_bundle
 import convert
 from convert import parity
 from convert.__main__ import main as convert_main
-from convert.parity import difference, main, parted
+from convert.parity import difference, main, parted, row_text
 from tinyllm_jax.errors import InputError
 from tinyllm_torch.inference import sampling as torch_sampling
 from tinyllm_torch.model import attention as torch_attention
@@ -152,6 +152,20 @@ def test_the_worst_place_is_named_and_what_is_no_number_fails() -> None:
     nan = expected | {"a": np.array([1.0, np.nan])}
     row = difference("gradients", nan, expected, 1e-3)
     assert (row.where, row.passed) == ("a", False)
+
+
+def test_the_largest_absolute_difference_is_shown_though_another_array_has_the_largest_relative_one():
+    expected = {"small": np.array([1e-3]), "large": np.array([1e6, 1.0])}
+    found = {"small": np.array([1.5e-3]), "large": np.array([1e6 + 8, 1.0])}
+    row = difference("gradients", found, expected, 1e-3)
+    assert (row.where, row.absolute_at) == ("small", "large")
+    assert row.absolute == 8
+    assert row.relative == pytest.approx(0.5)
+    assert row_text(row).endswith("small (absolute: large)")
+    nan = {"small": np.array([np.nan]), "large": found["large"]}
+    row = difference("gradients", nan, expected, 1e-3)
+    assert np.isnan([row.absolute, row.relative]).all()
+    assert (row.where, row.passed) == ("small", False)
 
 
 def test_texts_that_part_fail_unless_the_two_logits_are_equal() -> None:

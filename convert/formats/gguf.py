@@ -16,9 +16,10 @@ import ml_dtypes
 import numpy as np
 
 from convert.bundle import Bundle, check_tensors, make_layout, model_config
+from convert.gguf_header import check_header
+from convert.gguf_tokenizer import add_tokenizer, read_tokenizer
 from convert.layout import half_split, interleaved
-from convert.tokenizer_files import Kind, Piece, build_sentencepiece, pieces_of
-from tinyllm_jax.data.sentencepiece_bpe import SPACE_MARK, SentencePieceTokenizer
+from convert.setting_values import check_values
 from tinyllm_jax.errors import InputError
 
 NAME = "gguf"
@@ -84,7 +85,7 @@ def write(bundle: Bundle, path: Path, *, quantized: bool) -> None:
     writer.add_layer_norm_rms_eps(model.rms_norm_eps)
     writer.add_string("tinyllm.layout", json.dumps(bundle.layout))
     if bundle.tokenizer:
-        _add_tokenizer(writer, bundle)
+        add_tokenizer(writer, bundle)
     types = gguf.GGMLQuantizationType
     kinds = set()
     for name, array in bundle.weights.items():
@@ -104,31 +105,31 @@ def write(bundle: Bundle, path: Path, *, quantized: bool) -> None:
     writer.close()
 
 
-def read(path: Path) -> Bundle:
+def read(path: Path, *, with_tokenizer: bool) -> Bundle:
     """Read a Llama from a file, quantised tensors as the float32 they stand for.
+
+    Args:
+        with_tokenizer: Read the file's tokenizer, where it has one.
 
     Raises:
         InputError: it is damaged, no Llama, or scales its rotary positions.
     """
-    gguf = _library()
-    try:
-        reader = gguf.GGUFReader(str(path))
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise InputError(f"{path}: no whole GGUF file ({error}). Get the file again.") from None
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    if fields.get("general.architecture") != "llama":
-        raise InputError(
-            f"{path}: architecture {fields.get('general.architecture')}. Only llama is read."
-        )
-    scaling = fields.get("llama.rope.scaling.type", "none")
-    names = {bundle_name(tensor.name) for tensor in reader.tensors}
-    if scaling != "none" or "rope_freqs.weight" in names:
-        raise InputError(f"{path}: rotary positions scaled by {scaling}: not supported.")
-    model = model_config(
-        _settings(fields, tied="lm_head.weight" not in names, origin=str(path)), origin=str(path)
-    )
-    stored = {bundle_name(tensor.name): _values(tensor, gguf) for tensor in reader.tensors}
-    check_tensors(stored, model, origin=str(path))
+    gguf, origin = _library(), str(path)
+    fields, tensors = _open(path, gguf)
+    refuse_what_is_not_computed(fields, origin=origin)
+    names = {bundle_name(tensor.name) for tensor in tensors}
+    if "rope_freqs.weight" in names:
+        raise InputError(f"{path}: rotary positions scaled by rope_freqs.weight: not supported.")
+    fields_of_model = _settings(fields, tied="lm_head.weight" not in names, origin=origin)
+    model = model_config(fields_of_model, origin=origin)
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if fields.get(f"llama.{key}", model.head_dim) != model.head_dim:
+            raise InputError(
+                f"{path}: llama.{key}={fields[f'llama.{key}']} and heads are {model.head_dim} "
+                "wide: not supported. Give a model that turns its heads whole."
+            )
+    stored = {bundle_name(tensor.name): _values(tensor, gguf, path) for tensor in tensors}
+    check_tensors(stored, model, origin=origin)
     weights = {name: half_split(name, array, model) for name, array in stored.items()}
     layout = make_layout(
         format=NAME,
@@ -137,11 +138,48 @@ def read(path: Path) -> Bundle:
         transposed=False,
         weights=weights,
     )
-    layout["dtype"] = ", ".join(sorted({tensor.tensor_type.name for tensor in reader.tensors}))
+    layout["dtype"] = ", ".join(sorted({tensor.tensor_type.name for tensor in tensors}))
     bundle = Bundle(model, weights, None, None, layout)
-    if fields.get("tokenizer.ggml.model") == "llama":
-        bundle.tokenizer = _sentencepiece(fields, origin=str(path))
+    if with_tokenizer:
+        bundle.tokenizer = read_tokenizer(fields, bundle, origin=origin)
     return bundle
+
+
+def refuse_what_is_not_computed(fields: dict[str, Any], *, origin: str) -> None:
+    """Refuse another architecture, scaled rotary positions, and one part of several.
+
+    Raises:
+        InputError: what it is.
+    """
+    if fields.get("general.architecture") != "llama":
+        raise InputError(
+            f"{origin}: architecture {fields.get('general.architecture')}. Only llama is read."
+        )
+    scaling = fields.get("llama.rope.scaling.type", "none")
+    if scaling != "none":
+        raise InputError(f"{origin}: rotary positions scaled by {scaling}: not supported.")
+    if fields.get("llama.rope.scale_linear", 1.0) != 1.0:
+        raise InputError(f"{origin}: rotary positions scaled by linear: not supported.")
+    if fields.get("split.count", 0) not in (0, 1):
+        raise InputError(
+            f"{origin}: one of {fields['split.count']} parts. Join them with llama-gguf-split --merge."
+        )
+
+
+def _open(path: Path, gguf: Any) -> tuple[dict[str, Any], list[Any]]:
+    """Read what the file says, and map its tensors, which lie one behind the other."""
+    try:
+        check_header(path)
+        reader = gguf.GGUFReader(str(path))
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        place = reader.data_offset
+        for tensor in reader.tensors:
+            if tensor.data_offset != place:
+                raise ValueError(f"{tensor.name} is not where it should be")
+            place += tensor.n_bytes + -tensor.n_bytes % int(reader.alignment)
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError) as error:
+        raise InputError(f"{path}: no whole GGUF file ({error}). Get the file again.") from None
+    return fields, reader.tensors
 
 
 def _library() -> Any:
@@ -173,14 +211,20 @@ def _file_type(kinds: set[Any], gguf: Any) -> int:
     return int(names.MOSTLY_F16 if types.F16 in kinds else names.ALL_F32)
 
 
-def _values(tensor: Any, gguf: Any) -> np.ndarray:
+def _values(tensor: Any, gguf: Any, path: Path) -> np.ndarray:
     shape = tuple(int(size) for size in reversed(tensor.shape))
     types = gguf.GGMLQuantizationType
     if tensor.tensor_type in (types.F32, types.F16, types.F64):
         return np.asarray(tensor.data).reshape(shape)
     if tensor.tensor_type == types.BF16:
         return np.ascontiguousarray(tensor.data).view(ml_dtypes.bfloat16).reshape(shape)
-    return gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type).reshape(shape)
+    try:
+        return gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type).reshape(shape)
+    except (NotImplementedError, ValueError) as error:
+        raise InputError(
+            f"{path}: {tensor.name} cannot be read as {tensor.tensor_type.name} ({error}). Give "
+            "the file as F16 or Q8_0."
+        ) from None
 
 
 def _settings(fields: dict[str, Any], *, tied: bool, origin: str) -> dict[str, Any]:
@@ -195,91 +239,26 @@ def _settings(fields: dict[str, Any], *, tied: bool, origin: str) -> dict[str, A
     missing = [f"llama.{word}" for word in words.values() if f"llama.{word}" not in fields]
     if missing:
         raise InputError(f"{origin}: it lacks {', '.join(missing)}. Get the file again.")
+    heads = "llama.attention.head_count"
+    whole = dict.fromkeys(
+        (*(f"llama.{words[ours]}" for ours in words if ours != "rms_norm_eps"),
+         f"{heads}_kv", "llama.attention.key_length", "llama.vocab_size"), 1
+    )  # fmt: skip
+    numbers = (f"llama.{words['rms_norm_eps']}", "llama.rope.freq_base")
+    check_values(fields, whole=whole, numbers=numbers, switches=(), origin=origin)
     found = {ours: fields[f"llama.{theirs}"] for ours, theirs in words.items()}
     # The file holds float32, and 1e-5 is meant where it says 9.999999747e-06.
     found["rms_norm_eps"] = _shortest(found["rms_norm_eps"])
     found["rope_theta"] = _shortest(fields.get("llama.rope.freq_base", 10000.0))
-    heads = found["num_attention_heads"]
-    found["num_key_value_heads"] = fields.get("llama.attention.head_count_kv", heads)
+    found["num_key_value_heads"] = fields.get(f"{heads}_kv", fields[heads])
     found["head_dim"] = fields.get("llama.attention.key_length", 0)
-    tokens = fields.get("tokenizer.ggml.tokens", ())
-    found["vocab_size"] = fields.get("llama.vocab_size", len(tokens))
+    tokens = fields.get("tokenizer.ggml.tokens")
+    found["vocab_size"] = fields.get(
+        "llama.vocab_size", len(tokens) if isinstance(tokens, list) else 0
+    )
     found["tie_word_embeddings"] = tied
     return found
 
 
 def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
-
-
-def _add_tokenizer(writer: Any, bundle: Bundle) -> None:
-    tokenizer = bundle.tokenizer
-    assert tokenizer is not None
-    rows = bundle.model.vocab_size
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        pieces = pieces_of(tokenizer)
-        pieces += [Piece(f"[PAD{id}]", -1000.0, Kind.UNUSED) for id in range(len(pieces), rows)]
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
-        writer.add_token_list([piece.text for piece in pieces])
-        writer.add_token_scores([piece.score for piece in pieces])
-        writer.add_token_types([int(piece.kind) for piece in pieces])
-        writer.add_add_space_prefix(tokenizer.encode("a") != tokenizer.encode(" a"))
-    else:
-        _add_byte_level(writer, bundle, rows)
-    writer.add_bos_token_id(tokenizer.bos_id)
-    writer.add_eos_token_id(tokenizer.eos_id)
-    if tokenizer.unk_id >= 0:
-        writer.add_unk_token_id(tokenizer.unk_id)
-    writer.add_pad_token_id(tokenizer.pad_id)
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
-
-
-def _add_byte_level(writer: Any, bundle: Bundle, rows: int) -> None:
-    """Add a byte-level BPE vocabulary under the name of the cut it makes, GPT-2's.
-
-    llama.cpp has no normaliser, so text that NFKC would change gets other tokens there.
-    """
-    assert bundle.tokenizer is not None
-    table = json.loads(bundle.tokenizer.to_bytes().decode("utf-8-sig"))
-    if table["model"].get("type") != "BPE":
-        raise InputError(
-            f"tokenizer.json: {table['model'].get('type')} has no form in GGUF. Add --tokenizer "
-            "none to leave the tokenizer out."
-        )
-    tokens = {id: text for text, id in table["model"]["vocab"].items()}
-    added = {row["id"]: row for row in table.get("added_tokens", ())}
-    tokens |= {id: row["content"] for id, row in added.items()}
-    kinds = [
-        Kind.UNUSED
-        if id not in tokens
-        else Kind.NORMAL
-        if id not in added
-        else Kind.CONTROL
-        if added[id].get("special")
-        else Kind.USER_DEFINED
-        for id in range(rows)
-    ]
-    merges = [row if isinstance(row, str) else " ".join(row) for row in table["model"]["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([tokens.get(id, f"[PAD{id}]") for id in range(rows)])
-    writer.add_token_types([int(kind) for kind in kinds])
-    writer.add_token_merges(merges)
-    cut = table.get("pre_tokenizer") or {}
-    if cut.get("type") != "ByteLevel" or not cut.get("use_regex", True):
-        bundle.note("llama.cpp will cut text as GPT-2 does, which this tokenizer does not")
-    if table.get("normalizer"):
-        bundle.note("llama.cpp does not normalise text as this tokenizer does (NFKC)")
-
-
-def _sentencepiece(fields: dict[str, Any], *, origin: str) -> SentencePieceTokenizer:
-    rows = zip(
-        fields["tokenizer.ggml.tokens"],
-        fields["tokenizer.ggml.scores"],
-        fields["tokenizer.ggml.token_type"],
-        strict=True,
-    )
-    pieces = [Piece(text.replace(" ", SPACE_MARK), score, Kind(kind)) for text, score, kind in rows]
-    return build_sentencepiece(pieces, origin=origin)

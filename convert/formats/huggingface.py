@@ -12,10 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from convert.bundle import Arrays, Bundle, make_layout
+from convert.checks import listed, parse_json, shown
+from convert.hugging_face_tokenizer import (
+    read_hugging_face_tokenizer,
+    write_hugging_face_tokenizer,
+)
 from convert.names import foreign_model
+from convert.setting_values import check_held, check_values
 from convert.tensor_file import read_tensors, write_tensors
-from convert.tokenizer_files import read_hugging_face_tokenizer, write_hugging_face_tokenizer
 from tinyllm_jax.config import ModelConfig
 from tinyllm_jax.errors import InputError
 
@@ -25,7 +32,24 @@ INDEX = "model.safetensors.index.json"
 # Folders of these types compute what a Llama does, once the settings below hold.
 LLAMA_TYPES = {"llama", "mistral", "minimind", "Tiny-K", "Tiny-k", "tiny-k"}
 # transformers' own defaults, for what a config.json leaves out.
-DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
+LLAMA_DEFAULTS = {
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA_DEFAULTS,
+    "mistral": LLAMA_DEFAULTS | {"max_position_embeddings": 131072},
+}
+MISTRAL_WINDOW = {"sliding_window": 4096, "max_position_embeddings": 131072}
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings",
+)  # fmt: skip
+NUMBERS = ("rms_norm_eps", "rope_theta", "partial_rotary_factor")
+SWITCHES = ("tie_word_embeddings", "use_sliding_window")
 SHARD_BYTES = 5_000_000_000
 
 
@@ -44,10 +68,8 @@ def read(path: Path, *, settings: ModelConfig | None, with_tokenizer: bool) -> B
     Raises:
         InputError: it is no Llama, scales its rotary positions, or its tensors do not fit.
     """
-    table = read_config(path / CONFIG)
+    table, notes = with_defaults(read_config(path / CONFIG))
     arrays = read_weights(path)
-    if table.get("model_type", "llama") in ("llama", "mistral"):
-        table = DEFAULTS | table
     # The settings are complete; shapes are only checked against them.
     model, weights, found = foreign_model(
         arrays, table, settings=settings, certain=False, origin=str(path)
@@ -62,7 +84,23 @@ def read(path: Path, *, settings: ModelConfig | None, with_tokenizer: bool) -> B
     names = ("tokenizer.model", "tokenizer.json")
     has_tokenizer = with_tokenizer and any((path / name).is_file() for name in names)
     tokenizer = read_hugging_face_tokenizer(path) if has_tokenizer else None
-    return Bundle(model, weights, tokenizer, None, layout)
+    bundle = Bundle(model, weights, tokenizer, None, layout)
+    if settings is None and table.get("num_key_value_heads") is None:
+        notes.append(f"num_key_value_heads={model.num_key_value_heads} is told by the shapes")
+    for note in [*(notes if settings is None else []), *found["notes"]]:
+        bundle.note(note)
+    return bundle
+
+
+def with_defaults(table: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Complete a config.json as transformers does, and say which settings that were."""
+    defaults = DEFAULTS.get(table.get("model_type", "llama"), {})
+    absent = {key: value for key, value in defaults.items() if table.get(key) is None}
+    if not absent:
+        return dict(table), []
+    said = ", ".join(f"{key}={str(value).lower()}" for key, value in absent.items())
+    note = f"{CONFIG} does not say, so Hugging Face's defaults were taken: {said}"
+    return table | absent, [note]
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -71,18 +109,19 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         InputError: every such thing, by name.
     """
-    try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON ({error}). Get the file again.") from None
-    if not isinstance(table, dict):
-        raise InputError(f"{file}: not a table of settings. Get the file again.")
+    table = _read_table(file)
     kind = table.get("model_type", "llama")
-    if kind not in LLAMA_TYPES:
+    if not isinstance(kind, str) or kind not in LLAMA_TYPES:
         raise InputError(
-            f"{file}: model_type={kind} is not computed as a Llama is. Give a folder of one of "
+            f"{file}: model_type={shown(kind)} is not computed as a Llama is. Give a folder of one of "
             f"{', '.join(sorted(LLAMA_TYPES))}."
         )
+    if kind in DEFAULTS:
+        # Others write 0 for what follows from the rest.
+        sizes: dict[str, int] = dict.fromkeys(SIZES, 1)
+        check_values(table, whole=sizes, numbers=(), switches=(), origin=str(file))
+    if kind == "mistral":  # where it says nothing, transformers computes with a window
+        check_config(MISTRAL_WINDOW | table, origin=str(file))
     return check_config(table, origin=str(file))
 
 
@@ -93,24 +132,29 @@ def check_config(table: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
         InputError: every such thing, by name.
     """
     table = dict(table)
+    sizes: dict[str, int] = dict.fromkeys((*SIZES, "head_dim", "sliding_window"), 0)
+    check_values(table, whole=sizes, numbers=NUMBERS, switches=SWITCHES, origin=origin)
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(table.get(key) or {}, Mapping):
-            raise InputError(f"{origin}: {key}={table[key]!r} is no table. Get the file again.")
+            raise InputError(
+                f"{origin}: {key}={shown(table[key])} is no table. Get the file again."
+            )
     rope = dict(table.get("rope_parameters") or {})
     scaling = table.get("rope_scaling") or {}
+    check_values(rope, whole={}, numbers=NUMBERS, switches=(), origin=f"{origin}, rope_parameters")
     problems = []
     for where, values in (("rope_parameters", rope), ("rope_scaling", scaling)):
         word = values.get("rope_type", values.get("type", "default"))
         if word != "default":
-            problems.append(f"rotary positions scaled by {word} ({where})")
+            problems.append(f"rotary positions scaled by {shown(word)} ({where})")
     for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if table.get(key, plain) not in (plain, None):
-            problems.append(f"{key}={table[key]}")
+            problems.append(f"{key}={shown(table[key])}")
     for values in (table, rope):
         if values.get("partial_rotary_factor", 1.0) not in (1.0, None):
             problems.append(f"partial_rotary_factor={values['partial_rotary_factor']}")
-    window, longest = table.get("sliding_window"), table.get("max_position_embeddings", 0)
-    if isinstance(window, int) and window < longest and table.get("use_sliding_window", True):
+    window, longest = table.get("sliding_window"), table.get("max_position_embeddings") or 0
+    if window is not None and window < longest and table.get("use_sliding_window") is not False:
         problems.append(f"sliding_window={window}")
     if problems:
         raise InputError(
@@ -122,31 +166,49 @@ def check_config(table: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> Arrays:
-    """Read all tensors of a folder.
+    """Read all tensors of a folder, from the file that transformers would choose.
 
     Raises:
         InputError: there are none, or a shard is missing.
     """
-    for index in (INDEX, "pytorch_model.bin.index.json"):
-        if (path / index).is_file():
-            try:
-                files = sorted(set(json.loads((path / index).read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(
-                    f"{path / index}: no index of shards ({error!r}). Get the file again."
-                ) from None
-            return _read_files(path, files)
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).is_file():
             return _read_files(path, [name])
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            return _read_files(path, _shards(index))
     raise InputError(
         f"{path}: a config.json, but neither model.safetensors nor pytorch_model.bin. Give the "
         "folder that holds the weights."
     )
 
 
+def _shards(index: Path) -> list[str]:
+    """List the files of an index, each in the index's own folder."""
+    homes = _read_table(index).get("weight_map")
+    if not isinstance(homes, Mapping) or not homes:
+        raise InputError(f"{index}: no index of shards (no weight_map). Get the file again.")
+    names = list(dict.fromkeys(name for name in homes.values() if isinstance(name, str)))
+    plain = [name for name in names if Path(name).name == name and name.isprintable()]
+    if len(plain) < len(names) or not all(isinstance(name, str) for name in homes.values()):
+        strange = [name for name in homes.values() if name not in plain]
+        raise InputError(
+            f"{index}: {shown(strange[0])} is no name of a file in its folder. Get the file again."
+        )
+    return sorted(plain)
+
+
+def _read_table(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds a table."""
+    table = parse_json(file.read_bytes(), origin=str(file))
+    if not isinstance(table, dict):
+        raise InputError(f"{file}: not a table of settings. Get the file again.")
+    return table
+
+
 def write(bundle: Bundle, path: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` read offline."""
+    check_held(bundle.model, to=NAME)
     path.mkdir()
     weights = {hugging_face_name(name): array for name, array in bundle.weights.items()}
     metadata = {"format": "pt", "tinyllm_layout": json.dumps(bundle.layout)}
@@ -164,9 +226,9 @@ def write(bundle: Bundle, path: Path, *, shard_bytes: int = SHARD_BYTES) -> None
         _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": homes})
     _write_json(path / CONFIG, config_table(bundle))
     if bundle.tokenizer:
-        write_hugging_face_tokenizer(
-            bundle.tokenizer, path, longest=bundle.model.max_position_embeddings
-        )
+        longest = bundle.model.max_position_embeddings
+        for note in write_hugging_face_tokenizer(bundle.tokenizer, path, longest=longest):
+            bundle.note(note)
     _write_json(path / "generation_config.json", {**_token_ids(bundle), "do_sample": False})
 
 
@@ -238,12 +300,28 @@ def _read_files(path: Path, files: list[str]) -> Arrays:
         if not (path / name).is_file():
             raise InputError(f"{path}: {name} is missing. Get the whole folder.")
         if name.endswith(".safetensors"):
-            found |= read_tensors(path / name)[0]
+            arrays = read_tensors(path / name)[0]
         else:
-            from convert.formats import torch_file
-
-            found |= torch_file.load(path / name)
+            arrays = _read_pickle(path / name)
+        twice = [name for name in arrays if name in found]
+        if twice:
+            raise InputError(
+                f"{path / name}: {listed(twice)} is in another shard as well. Get the folder again."
+            )
+        found |= arrays
     return found
+
+
+def _read_pickle(file: Path) -> Arrays:
+    from convert.formats import torch_file
+
+    content = torch_file.load(file)
+    if not isinstance(content, Mapping):
+        content = {}
+    arrays = {name: value for name, value in content.items() if isinstance(value, np.ndarray)}
+    if not arrays or not all(isinstance(name, str) for name in arrays):
+        raise InputError(f"{file}: no state dict of names and tensors. Get the file again.")
+    return arrays
 
 
 def _write_json(path: Path, table: Mapping[str, Any]) -> None:

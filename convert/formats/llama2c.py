@@ -17,7 +17,7 @@ import numpy as np
 
 from convert.bundle import Arrays, Bundle, make_layout, model_config
 from convert.layout import half_split, interleaved
-from convert.tokenizer_files import load_any_tokenizer, tokenizer_bin
+from convert.tokenizer_files import load_any_tokenizer, note_of_normaliser, tokenizer_bin
 from tinyllm_jax.config import ModelConfig
 from tinyllm_jax.data.sentencepiece_bpe import SentencePieceTokenizer
 from tinyllm_jax.errors import InputError
@@ -127,6 +127,7 @@ def write(bundle: Bundle, path: Path, *, version: int) -> None:
     """
     model = bundle.model
     check_hard_coded(model)
+    check_pieces(bundle)
     header = Header(
         version,
         model.hidden_size,
@@ -173,6 +174,21 @@ def check_hard_coded(model: ModelConfig) -> None:
         )
 
 
+def check_pieces(bundle: Bundle) -> None:
+    """Refuse a `tokenizer.bin` that ends before the embedding does: run.c reads a piece for each row.
+
+    Raises:
+        InputError: there are fewer tokens than rows.
+    """
+    tokenizer, rows = bundle.tokenizer, bundle.model.vocab_size
+    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.vocab_size < rows:
+        raise InputError(
+            f"llama2c: the tokenizer has {tokenizer.vocab_size} tokens and the embedding {rows} "
+            "rows, and run.c reads a piece for every row. Use --to gguf or hf, or --tokenizer none "
+            "to leave the tokenizer out."
+        )
+
+
 def quantize(array: np.ndarray, *, group: int) -> tuple[np.ndarray, np.ndarray]:
     """Quantise symmetrically: int8 in -127 to 127, and one float32 scale for each group of a row."""
     groups = np.asarray(array, np.float32).reshape(-1, group)
@@ -206,7 +222,7 @@ def _makes_sense(header: Header) -> bool:
         and header.layers <= 1024
         and header.hidden % header.heads == 0
         and header.heads % header.kv_heads == 0
-        and (header.version != 2 or 0 < header.group <= header.hidden)
+        and (header.version != 2 or (header.group > 0 and header.hidden % header.group == 0))
     )
 
 
@@ -315,6 +331,8 @@ def _write_tokenizer(bundle: Bundle, path: Path) -> None:
         bundle.note("llama2.c has no byte-level tokenizer: no tokenizer.bin was written")
         return
     path.with_name(TOKENIZER).write_bytes(tokenizer_bin(tokenizer))
+    if note := note_of_normaliser(tokenizer, "run.c"):
+        bundle.note(note)
     bytes_at = tokenizer.encode("\x00")[-1]
     if (tokenizer.bos_id, tokenizer.eos_id, bytes_at) != (1, 2, 3):
         bundle.note(

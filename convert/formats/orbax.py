@@ -16,6 +16,7 @@ from convert.bundle import (
     run_config,
     to_jax,
 )
+from convert.checks import shown
 from tinyllm_jax.config import config_to_table
 from tinyllm_jax.data.files import write_file
 from tinyllm_jax.errors import InputError
@@ -30,16 +31,37 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path, *, say: Callable[[str], None]) -> Bundle:
-    """Read a step folder whose checksums hold."""
+    """Read a step folder whose checksums hold.
+
+    Raises:
+        InputError: it is damaged, or was not written by this project.
+    """
     from tinyllm_jax.training.checkpoint import read_checkpoint
     from tinyllm_jax.training.step_folders import find_checkpoint
 
-    checkpoint = read_checkpoint(find_checkpoint(path, on_damaged=say))
-    config, weights = checkpoint.config, from_jax(checkpoint.weights)
+    folder = find_checkpoint(path, on_damaged=say)
+    try:
+        checkpoint = read_checkpoint(folder)
+        config, weights = checkpoint.config, from_jax(checkpoint.weights)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
+        # Its checksums are right, so somebody else wrote it.
+        reason = str(error) if isinstance(error, InputError) else repr(error)
+        raise InputError(
+            f"{folder}: no checkpoint that this version writes ({shown(reason)}). Give another one."
+        ) from None
     check_tensors(weights, config.model, origin=str(path))
     training = None
     moments: Any = checkpoint.moments
-    if moments.first:
+    if moments.first or moments.second:
+        for which, arrays in (("first", moments.first), ("second", moments.second)):
+            check_tensors(from_jax(arrays), config.model, origin=f"{path} ({which} moments)")
         training = Training(
             config=config,
             step=checkpoint.step,

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from convert.bundle import Arrays, Bundle, from_meta_table, meta_table
+from convert.checks import shown
 from convert.tensor_file import looks_like_safetensors, read_tensors, write_tensors
 from tinyllm_jax.data.files import sha256_of_file
 from tinyllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tinyllm_jax.errors import InputError
+from tinyllm_jax.training import step_folders
 
 NAME = "safetensors"
 MODEL, OPTIMIZER, META, SUMS = (
@@ -47,7 +49,7 @@ def read(path: Path) -> Bundle:
     names = ("tokenizer.model", "tokenizer.json")
     has_tokenizer = any((path / name).is_file() for name in names)
     return from_meta_table(
-        (path / META).read_text(),
+        (path / META).read_bytes(),
         weights=weights,
         first=part_of(moments, FIRST),
         second=part_of(moments, SECOND),
@@ -126,16 +128,11 @@ def _write_file(bundle: Bundle, path: Path) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """Say which file does not have its checksum, or None."""
+    """Say what is wrong with the files of a step folder, of either package, or None."""
     if not (path / SUMS).is_file():
         return f"{SUMS} is missing"
     try:
-        sums = json.loads((path / SUMS).read_text())
-    except ValueError as error:
-        return f"{SUMS} cannot be read ({error})"
-    for name, expected in sums.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if sha256_of_file(path / name) != expected:
-            return f"{name} does not have its checksum"
-    return None
+        problem = step_folders.damage(path)
+        return problem and shown(problem)
+    except RecursionError:
+        return f"{SUMS} is nested too deeply"

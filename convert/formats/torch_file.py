@@ -7,11 +7,8 @@ Ours is a dict of tensors and plain values: `format` ("tinyllm"), `weights`, `fi
 `second_moments`, `meta` (JSON), `tokenizer_file`, `tokenizer` (its bytes).
 """
 
+import dataclasses
 import json
-import pickle
-import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,10 +24,12 @@ from convert.bundle import (
     make_layout,
     meta_table,
 )
+from convert.checks import finite_number, plain_table, read_count
 from convert.formats.huggingface import check_config, read_config
 from convert.formats.safetensors import tokenizer_from_bytes
 from convert.layout import INTERLEAVED, half_split
 from convert.names import bundle_name, foreign_model, plain_names
+from convert.torch_archive import load
 from convert.training_state import adamw_moments, foreign_run, foreign_training
 from tinyllm_jax.config import ModelConfig
 from tinyllm_jax.errors import InputError
@@ -49,7 +48,12 @@ def matches(path: Path) -> bool:
         return False
     with open(path, "rb") as file:
         start = file.read(4)
-    return start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05")
+    return start == b"PK\x03\x04" or start[:2] in (
+        b"\x80\x02",
+        b"\x80\x03",
+        b"\x80\x04",
+        b"\x80\x05",
+    )
 
 
 def read(path: Path, *, settings: ModelConfig | None) -> Bundle:
@@ -67,39 +71,22 @@ def read(path: Path, *, settings: ModelConfig | None) -> Bundle:
             f"{path}: holds a {type(content).__name__} where a checkpoint has a dict. Give a file "
             "that holds a state dict."
         )
-    if content.get("format") == "tinyllm":
+    form = content.get("format")
+    if isinstance(form, str) and form == "tinyllm":
         return _read_own(content, path)
     return _read_foreign(content, path, settings=settings)
-
-
-def load(path: Path) -> Any:
-    """Read a file with every tensor as a NumPy array, most of them maps of the file.
-
-    Raises:
-        InputError: it is damaged, no PyTorch file, or would run code.
-    """
-    import torch
-
-    archive = zipfile.is_zipfile(path)
-    if archive or _starts_like_zip(path):
-        _check_archive(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what it cannot read it raises as well
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-    except pickle.UnpicklingError as error:
-        raise InputError(_refusal(path, str(error))) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise InputError(f"{path}: no whole PyTorch file ({first}). Get the file again.") from None
-    return _as_numpy(content, torch)
 
 
 def write(bundle: Bundle, path: Path) -> None:
     """Write everything into one file that `torch.load(weights_only=True)` reads."""
     import torch
 
-    training, tokenizer = bundle.training, bundle.tokenizer
+    # Dicts of this function's own: it lets go of arrays, and the caller's dicts keep theirs.
+    bundle.weights, training = dict(bundle.weights), bundle.training
+    if training:
+        first, second = dict(training.first), dict(training.second)
+        bundle.training = training = dataclasses.replace(training, first=first, second=second)
+    tokenizer = bundle.tokenizer
     content: dict[str, Any] = {
         "format": "tinyllm",
         "weights": _as_torch(bundle.weights, torch),
@@ -115,26 +102,33 @@ def write(bundle: Bundle, path: Path) -> None:
 
 
 def _read_own(content: Mapping[str, Any], path: Path) -> Bundle:
-    stored = content.get("tokenizer")
+    keys = ("weights", "first_moments", "second_moments", "meta", "tokenizer", "tokenizer_file")
+    parts: list[Any] = [content.get(key) for key in keys]
+    weights, first, second, text, stored, name = parts
+    tables = all(_is_table_of_arrays(each) for each in (weights, first, second))
+    is_file = isinstance(stored, np.ndarray) and stored.dtype == np.uint8 and isinstance(name, str)
+    if not tables or not isinstance(text, str) or not (stored is None or is_file):
+        raise InputError(
+            f"{path}: a checkpoint of tinyllm without its weights, first_moments, second_moments, "
+            "meta or tokenizer_file. Convert the source again."
+        )
     tokenizer = None
     if stored is not None:
-        name = content["tokenizer_file"]
         tokenizer = tokenizer_from_bytes(stored.tobytes(), name=name, origin=str(path))
-    try:
-        arrays = [dict(content[key]) for key in ("weights", "first_moments", "second_moments")]
-        text = content["meta"]
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: a checkpoint of tinyllm without {error}. Convert the source again."
-        ) from None
     return from_meta_table(
         text,
-        weights=arrays[0],
-        first=arrays[1],
-        second=arrays[2],
+        weights=dict(weights),
+        first=dict(first),
+        second=dict(second),
         tokenizer=tokenizer,
         format=NAME,
         origin=str(path),
+    )
+
+
+def _is_table_of_arrays(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(array, np.ndarray) for name, array in value.items()
     )
 
 
@@ -162,14 +156,7 @@ def _read_foreign(
         transposed=False,
         weights=weights,
     )
-    bundle = Bundle(model, weights, None, None, layout)
-    if found["swapped"]:
-        bundle.note("feed_forward.w2 and w3 were swapped in the source; their shapes told")
-    if "preset" in found:
-        bundle.note(
-            f"the file holds no settings; those of the preset {found['preset']} were taken, whose "
-            "shapes it has (--config NAME or FILE.toml for others)"
-        )
+    bundle = Bundle(model, weights, None, None, layout | {"notes": found["notes"]})
     _take_training(bundle, content, arrays, rope=found["rope"], path=path)
     return bundle
 
@@ -179,7 +166,9 @@ def _table_of(content: Mapping[str, Any], path: Path) -> Mapping[str, Any] | Non
     for key in CONFIG_KEYS:
         table = content.get(key)
         if isinstance(table, Mapping):
-            table = table["model"] if isinstance(table.get("model"), Mapping) else table
+            table = plain_table(
+                table["model"] if isinstance(table.get("model"), Mapping) else table
+            )
             return check_config(table, origin=f"{path}, {key}")
     beside = path.with_name("config.json")
     return read_config(beside) if beside.is_file() else None
@@ -189,49 +178,42 @@ def _take_training(
     bundle: Bundle, content: Mapping[str, Any], arrays: Arrays, *, rope: str, path: Path
 ) -> None:
     """Take the moments of AdamW along where they can be given names."""
-    state = next((content[key] for key in OPTIMIZER_KEYS if content.get(key)), None)
-    if not isinstance(state, Mapping):
+    states = (content.get(key) for key in OPTIMIZER_KEYS)
+    state = next((each for each in states if isinstance(each, Mapping) and each), None)
+    if state is None:
         return
-    plain = plain_names(arrays, origin=str(path))
+    origin = str(path)
+    plain = plain_names(arrays, origin=origin)
     names = [bundle_name(name) for name in plain.values()]
     names = [name for name in names if name in bundle.weights]
     moments = adamw_moments(state, names, {name: bundle.weights[name].shape for name in names})
     if moments is None:
-        bundle.note("the optimizer's state was left out: its tensors are not those of the weights")
+        bundle.note("the optimizer's state was left out: it is not AdamW's of these weights")
         return
     count, first, second = moments
     if rope == INTERLEAVED:
         first = {name: half_split(name, array, bundle.model) for name, array in first.items()}
         second = {name: half_split(name, array, bundle.model) for name, array in second.items()}
-    check_tensors(first, bundle.model, origin=f"{path} (moments)")
-    run_table = content["config"] if isinstance(content.get("config"), Mapping) else {}
-    step = next((content[key] for key in STEP_KEYS if content.get(key) is not None), count)
-    loss = content.get("best_val_loss")
+    for each in (first, second):
+        check_tensors(each, bundle.model, origin=f"{path} (moments)")
+    run_table = content.get("config")
+    run_table = plain_table(run_table) if isinstance(run_table, Mapping) else {}
+    word = next((key for key in STEP_KEYS if content.get(key) is not None), None)
+    step = read_count(content[word], what=word, origin=origin) if word else count
+    loss = finite_number(content.get("best_val_loss"))
     # llama2.c saves a checkpoint when it is the best so far, unless told to save them all.
-    is_best = loss is not None and not run_table.get("always_save_checkpoint")
+    is_best = run_table.get("always_save_checkpoint") in (None, False, 0)
+    config, notes = foreign_run(run_table, bundle.model, origin=origin)
+    bundle.model = config.model  # with the dropout of the run
     bundle.training = foreign_training(
-        foreign_run(run_table, bundle.model, origin=str(path)),
-        step=int(np.asarray(step)),
+        config,
+        step=step,
         moments=(count, first, second),
-        best_loss=float(np.asarray(loss)) if is_best else None,
+        best_loss=loss if is_best else None,
     )
+    for note in notes:
+        bundle.note(note)
     bundle.note("the optimizer's state came along; which data it was trained on is not known")
-
-
-def _as_numpy(value: Any, torch: Any) -> Any:
-    """Turn tensors, wherever they stand, into arrays on the same memory."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach()
-        if value.layout != torch.strided or value.is_quantized:
-            raise InputError("It holds sparse or quantized tensors. Save them dense first.")
-        if value.dtype == torch.bfloat16:
-            return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return value.numpy()
-    if isinstance(value, Mapping):
-        return {key: _as_numpy(item, torch) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_numpy(item, torch) for item in value]
-    return value
 
 
 def _as_torch(arrays: Arrays, torch: Any) -> dict[str, Any]:
@@ -248,42 +230,3 @@ def _as_torch(arrays: Arrays, torch: Any) -> dict[str, Any]:
         else:
             found[name] = torch.from_numpy(plain)
     return found
-
-
-def _starts_like_zip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse archives that PyTorch did not write, before PyTorch words it its way."""
-    try:
-        entries = zipfile.ZipFile(path).infolist()
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise InputError(f"{path}: cut short or damaged ({error}). Get the file again.") from None
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise InputError(
-            f"{path}: a compressed archive, which PyTorch never writes. Give the file that "
-            "torch.save made."
-        )
-    names = [entry.filename for entry in entries]
-    if any(name.endswith("/constants.pkl") or name == "constants.pkl" for name in names):
-        raise InputError(
-            f"{path}: a TorchScript program, which holds code. Save its state dict instead."
-        )
-    if not any(re.search(r"(^|/)data\.pkl$", name) for name in names):
-        raise InputError(
-            f"{path}: a zip archive, and no checkpoint of PyTorch. Give a .pt or .pth file."
-        )
-
-
-def _refusal(path: Path, message: str) -> str:
-    """Say which object a pickle would have built."""
-    found = re.search(r"GLOBAL ([\w.]+)", message) or re.search(
-        r"Unsupported (?:class|global) ([\w.]+)", message
-    )
-    what = f" ({found[1]})" if found else ""
-    return (
-        f"{path}: holds Python objects that would run code when read{what}. Only tensors and plain "
-        "values are read; save the state dict and a plain dict of settings."
-    )

@@ -72,6 +72,36 @@ def torch_in_float64() -> Iterator[None]:
         yield
 
 
+def rope_parameters(config: ModelConfig) -> dict[str, Any]:
+    """Say a model's rotary settings in transformers' words."""
+    words = {"rope_type": config.rope_type, "rope_theta": config.rope_theta}
+    if config.rope_type != "default":
+        words["factor"] = config.rope_factor
+    if config.rope_type in ("llama3", "yarn"):
+        original = config.rope_original_max_position_embeddings
+        words["original_max_position_embeddings"] = original
+    if config.rope_type == "llama3":
+        words["low_freq_factor"] = config.rope_low_freq_factor
+        words["high_freq_factor"] = config.rope_high_freq_factor
+    if config.rope_type == "yarn":
+        words["beta_fast"], words["beta_slow"] = config.rope_beta_fast, config.rope_beta_slow
+        words["attention_factor"] = config.rope_attention_factor or None
+    return words
+
+
+def transformers_rope(config: ModelConfig) -> tuple[Any, float]:
+    """Let transformers compute the frequencies and the attention factor."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theirs = LlamaConfig(
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters=rope_parameters(config),
+    )
+    return ROPE_INIT_FUNCTIONS[config.rope_type](theirs, device="cpu")
+
+
 def transformers_llama(config: ModelConfig, weights: dict[str, np.ndarray]) -> Any:
     """Build transformers' Llama of this config with these weights, in evaluation mode."""
     import torch
@@ -87,7 +117,7 @@ def transformers_llama(config: ModelConfig, weights: dict[str, np.ndarray]) -> A
             num_key_value_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             max_position_embeddings=config.max_position_embeddings,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            rope_parameters=rope_parameters(config),
             rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=config.tie_word_embeddings,
             attn_implementation="eager",

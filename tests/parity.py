@@ -23,11 +23,9 @@ from convert.parity import TOLERANCES
 from tinyllm_jax.config import Config, ModelConfig, load_config
 from tinyllm_jax.data.prepare import PreparedData, prepare
 from tinyllm_jax.model import weights as jax_weights
-from tinyllm_jax.objectives import losses as jax_losses
 from tinyllm_jax.objectives import pretrain as jax_pretrain
 from tinyllm_jax.train import read_command
 from tinyllm_torch.model import weights as torch_weights
-from tinyllm_torch.objectives import losses as torch_losses
 from tinyllm_torch.objectives import pretrain as torch_pretrain
 
 # AdamW divides a gradient by its own size, so where one is nearly zero, the last bit of it moves the
@@ -80,6 +78,7 @@ def scaled_down(preset: str) -> ModelConfig:
         vocab_size=512,
         hidden_size=hidden,
         intermediate_size=round(hidden * model.intermediate_size / model.hidden_size),
+        moe_intermediate_size=round(hidden * model.moe_intermediate_size / model.hidden_size),
         num_hidden_layers=2,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
@@ -148,8 +147,10 @@ def _jax_numbers(config: ModelConfig) -> Any:
     def loss_and_logits(weights: Any, batch: Any) -> Any:
         model = jax_weights.merge_weights(structure, weights)
         logits = model(batch["tokens"], batch.get("positions"), batch.get("segment_ids"))
-        summed = jax_losses.cross_entropy_sum(logits, batch["targets"], batch["loss_mask"])
-        return summed / jax_pretrain.count_targets(batch), logits
+        minimised, sums = jax_pretrain.next_token_loss(model, batch, None)
+        targets = jax_pretrain.count_targets(batch)
+        told = {name: value / targets for name, value in sums.items()}
+        return minimised / targets, {"logits": logits, **told}
 
     return jax.jit(jax.value_and_grad(loss_and_logits, has_aux=True))
 
@@ -159,12 +160,12 @@ def jax_numbers(
 ) -> dict[str, np.ndarray]:
     """Compute logits, loss and every gradient in JAX, gradients under the twin's names."""
     with precision(config):
-        (loss, logits), gradients = _jax_numbers(config)(
+        (minimised, told), gradients = _jax_numbers(config)(
             {name: jnp.asarray(value) for name, value in weights.items()},
             {name: jnp.asarray(rows) for name, rows in batch.items()},
         )
         named = torch_weights.from_jax_weights(gradients)
-    return {"logits": np.asarray(logits), "loss": np.asarray(loss), **named}
+    return {"minimised": np.asarray(minimised), **jax.device_get(told), **named}
 
 
 def torch_numbers(
@@ -173,12 +174,13 @@ def torch_numbers(
     """Compute logits, loss and every gradient in the twin."""
     model, tensors = torch_model(config, weights), as_torch_batch(batch)
     logits = model(tensors["tokens"], tensors.get("positions"), tensors.get("segment_ids"))
-    summed = torch_losses.cross_entropy_sum(logits, tensors["targets"], tensors["loss_mask"])
-    loss = summed / torch_pretrain.count_targets(tensors)
-    loss.backward()
-    gradients = {name: weight.grad for name, weight in model.named_parameters()}
-    found = {"logits": logits.detach(), "loss": loss.detach(), **gradients}
-    return {name: value.numpy() for name, value in found.items() if value is not None}
+    minimised, sums = torch_pretrain.next_token_loss(model, tensors, None)
+    targets = torch_pretrain.count_targets(tensors)
+    (minimised / targets).backward()
+    found = {"logits": logits, "minimised": minimised / targets}
+    found |= {name: value / targets for name, value in sums.items()}
+    found |= {name: weight.grad for name, weight in model.named_parameters()}
+    return {name: value.detach().numpy() for name, value in found.items() if value is not None}
 
 
 def both_numbers(

@@ -33,8 +33,8 @@ from test_parity_training import both_runs, recipe
 
 from tinyllm_jax.config import ModelConfig, load_config, preset_names
 from tinyllm_jax.model import weights as jax_weights
+from tinyllm_jax.model.layers import compute_dtype as jax_compute_dtype
 from tinyllm_jax.model.rope import rope_tables as jax_rope_tables
-from tinyllm_jax.model.transformer import compute_dtype as jax_compute_dtype
 
 DTYPES = ("float64", "float32", "bfloat16")
 FULL_SIZE = ("tiny", "tinystories_7m", "minimind_26m")
@@ -105,12 +105,11 @@ def hidden_by_layer(config: ModelConfig, weights: Any, tokens: np.ndarray) -> An
         def run(weights: Any, tokens: Any) -> list[Any]:
             whole, dtype = jax_weights.merge_weights(structure, weights), jax_compute_dtype(config)
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-            rope = jax_rope_tables(
-                positions, head_dim=config.head_dim, theta=config.rope_theta, dtype=dtype
-            )
+            rope = jax_rope_tables(positions, config, dtype=dtype)
+            at: Any = {"positions": positions, "counted": jnp.ones(tokens.shape, bool)}
             x, theirs = whole.embed_tokens(tokens, dtype=dtype), []
             for layer in whole.layers:
-                x, _ = layer(x, rope, None, cache=None, positions=positions, dropout_key=None)
+                x, _, _ = layer(x, rope, None, cache=None, dropout_key=None, **at)
                 theirs.append(x)
             return theirs
 

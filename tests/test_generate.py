@@ -82,8 +82,8 @@ def test_cached_logits_equal_uncached_ones(kv_heads: int, dtype: str, tolerance:
         @jax.jit
         def step(weights: Any, token: Any, position: Any, cache: Any) -> Any:
             model = merge_weights(structure, weights)
-            hidden, cache = model.hidden(token, position, cache=cache)
-            return model.logits(hidden), cache
+            hidden = model.hidden(token, position, cache=cache)
+            return model.logits(hidden.states), hidden.cache
 
         expected = uncached(weights)
         cache: Any = empty_cache(config, batch=2, slots=16, dtype=jnp.dtype(dtype))

@@ -4,12 +4,20 @@ import json
 import math
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 
 from tinyllm_jax.training.devices import PEAK_TFLOPS, known_peak_tflops, measured_tflops
 from tinyllm_jax.training.metrics import MetricsFile, read_metrics
 from tinyllm_jax.training.progress import Progress
-from tinyllm_jax.training.report import draw_losses, plot_svg, summarise, write_report
+from tinyllm_jax.training.report import (
+    draw_experts,
+    draw_losses,
+    expert_section,
+    plot_svg,
+    summarise,
+    write_report,
+)
 
 
 def rows_until(step: int) -> list[dict]:
@@ -65,8 +73,22 @@ def test_the_plot_holds_both_curves_and_the_floor():
     assert list(labels["training batch"].get_ydata()) == [1 / n for n in range(1, 6)]
     assert list(labels["validation, last 1.000"].get_xdata()) == [5]
     assert labels["entropy floor 0.800"].get_ydata()[0] == pytest.approx(0.8)
-    ElementTree.fromstring(plot_svg(rows))
+    ElementTree.fromstring(plot_svg(draw_losses(rows)))
     assert "25.0% above the best" in summarise(rows)
+
+
+def test_the_plot_of_experts_shows_shares_relative_to_an_even_one():
+    loads = [[[0.25, 0.75], [0.5, 0.5]], [[0.4, 0.6], [0.1, 0.9]]]
+    rows = [LOOK | {"step": n, "expert_load": load} for n, load in enumerate(loads)]
+    lost = LOOK | {"step": 2, "loss": "nan", "expert_load": [["nan"] * 2] * 2}
+    over_time, newest, _ = draw_experts([*rows, lost]).axes
+    busiest = [list(line.get_ydata()) for line in over_time.lines[:2]]
+    assert busiest == [[1.5, 1.2], [1.0, 1.8]]
+    np.testing.assert_allclose(newest.images[0].get_array(), [[0.8, 1.2], [0.2, 1.8]])
+    (heading, text, drawing) = expert_section(rows)
+    assert (heading, "2 is all of them" in text) == ("<h2>Experts</h2>", True)
+    ElementTree.fromstring(drawing)
+    assert expert_section([LOOK]) == []
 
 
 def test_a_report_of_no_steps_yet_is_a_page(trained_run, tmp_path):

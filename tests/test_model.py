@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 from llama_oracle import (
     SMALL,
@@ -16,6 +17,7 @@ from llama_oracle import (
     torch_in_float64,
     torch_name,
     transformers_llama,
+    transformers_rope,
 )
 
 from tinyllm_jax.config import ModelConfig, load_config, preset_names
@@ -23,8 +25,13 @@ from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference.generate import Generator
 from tinyllm_jax.model import Transformer
 from tinyllm_jax.model.dropout import dropout
-from tinyllm_jax.model.rope import rope_tables, rotate
-from tinyllm_jax.model.transformer import RMSNorm
+from tinyllm_jax.model.layers import RMSNorm
+from tinyllm_jax.model.rope import (
+    rope_attention_factor,
+    rope_frequencies,
+    rope_tables,
+    rotate,
+)
 from tinyllm_jax.model.weights import (
     count_parameters,
     flops_per_token,
@@ -33,6 +40,7 @@ from tinyllm_jax.model.weights import (
     model_structure,
     split_weights,
 )
+from tinyllm_jax.objectives.pretrain import next_token_loss
 
 TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab_size, (2, 13))
 
@@ -66,8 +74,6 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_gradients_equal_transformers(shape: str) -> None:
-    import torch
-
     config = changed(SMALL, compute_dtype="float64", **SHAPES[shape])
     with jax.enable_x64(True):
         weights = random_weights(config)
@@ -174,18 +180,55 @@ def test_rotary_positions_turn_each_pair_by_its_angle() -> None:
     angles = positions[0][:, None] * theta ** (-2 * np.arange(3) / head_dim)
     pairs = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * angles)[None, :, None]
     with jax.enable_x64(True):
-        tables = rope_tables(
-            jnp.asarray(positions), head_dim=head_dim, theta=theta, dtype=jnp.dtype("float64")
-        )
+        config = changed(SMALL, head_dim=head_dim, rope_theta=theta)
+        tables = rope_tables(jnp.asarray(positions), config, dtype=jnp.dtype("float64"))
         actual = rotate(jnp.asarray(x), *tables)
     expected = np.concatenate([pairs.real, pairs.imag], axis=-1)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
 
 
+STRETCHED = [
+    {"rope_type": "linear", "rope_factor": 4.0},
+    {"rope_type": "llama3", "rope_factor": 8.0},
+    {"rope_type": "llama3", "rope_factor": 3.0, "rope_low_freq_factor": 2.0,
+     "rope_high_freq_factor": 9.0, "rope_original_max_position_embeddings": 100},
+    {"rope_type": "yarn", "rope_factor": 4.0},
+    {"rope_type": "yarn", "rope_factor": 2.5, "rope_beta_fast": 20.0, "rope_beta_slow": 2.0,
+     "rope_original_max_position_embeddings": 700, "rope_attention_factor": 1.7},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("context", [256, 8192])
+@pytest.mark.parametrize("head_dim", [8, 64])
+@pytest.mark.parametrize("fields", STRETCHED, ids=str)
+def test_stretched_frequencies_are_those_of_transformers(
+    fields: dict[str, Any], head_dim: int, context: int
+) -> None:
+    config = changed(SMALL, head_dim=head_dim, max_position_embeddings=context, **fields)
+    with torch_in_float64():
+        theirs, factor = transformers_rope(config)
+    np.testing.assert_allclose(rope_frequencies(config), theirs.numpy(), rtol=1e-12)
+    assert rope_attention_factor(config) == pytest.approx(factor, rel=1e-12)
+    if fields["rope_type"] != "linear":
+        plain = rope_frequencies(changed(config, head_dim=head_dim, rope_type="default"))
+        kept = rope_frequencies(config) / plain
+        assert kept.max() == pytest.approx(1.0, rel=1e-9), "the fastest pair stays"
+
+
+@pytest.mark.parametrize("fields", STRETCHED, ids=str)
+def test_a_model_with_stretched_positions_is_transformers_llama(fields: dict[str, Any]) -> None:
+    config = changed(SMALL, compute_dtype="float64", **fields)
+    weights, tokens = random_weights(config), TOKENS
+    with torch_in_float64(), torch.no_grad():
+        llama = transformers_llama(config, weights)
+        expected = llama(torch.from_numpy(tokens).long()).logits.numpy()
+    with jax.enable_x64(True):
+        actual = logits_of(config, weights, tokens)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-10)
+
+
 def test_rotary_tables_are_float32_when_activations_are_bfloat16() -> None:
-    cosine, _ = rope_tables(
-        jnp.array([[256, 257]]), head_dim=4, theta=1e4, dtype=jnp.dtype("bfloat16")
-    )
+    cosine, _ = rope_tables(jnp.array([[256, 257]]), SMALL, dtype=jnp.dtype("bfloat16"))
     assert cosine.dtype == jnp.float32
     assert cosine[0, 0, 0, 0] != cosine[0, 1, 0, 0]
 
@@ -331,6 +374,25 @@ CASES: dict[str, Any] = {
     "max_position_embeddings": 5,
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-5,
+    "rope_type": "linear",
+    "rope_factor": 5.0,
+    "rope_original_max_position_embeddings": 20,
+    "rope_low_freq_factor": 0.5,
+    "rope_high_freq_factor": 3.0,
+    "rope_beta_fast": 4.0,
+    "rope_beta_slow": 0.5,
+    "rope_attention_factor": 1.3,
+    "qk_norm": True,
+    "num_experts": 4,
+    "num_experts_per_tok": 3,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": False,
+    "router_aux_loss_coef": 0.02,
+    "router_aux_loss_level": "sequence",
+    "router_z_loss_coef": 0.01,
+    "activation_checkpointing": "full",
+    "scan_layers": True,
     "tie_word_embeddings": False,
     "initializer_range": 0.03,
     "embedding_dropout": 0.1,
@@ -378,16 +440,128 @@ def longest_prompt(config: ModelConfig) -> Any:
     return None
 
 
+def minimised(config: ModelConfig) -> Any:
+    """Compute what training makes small."""
+    structure, _ = model_structure(config)
+    batch = {"tokens": jnp.asarray(TOKENS), "targets": jnp.asarray(TOKENS)}
+    batch["loss_mask"] = jnp.ones(TOKENS.shape, bool)
+
+    @jax.jit
+    def run(weights: Any) -> jax.Array:
+        return next_token_loss(merge_weights(structure, weights), batch, None)[0]
+
+    return float(run(random_weights(config)))
+
+
+LONG = {"head_dim": 32, "max_position_embeddings": 4096, "rope_factor": 4.0}
+# Settings that do something only beside others.
+BESIDE: dict[str, dict[str, Any]] = {
+    "rope_type": {"rope_factor": 4.0},
+    "rope_factor": {"rope_type": "linear"},
+    "rope_original_max_position_embeddings": {**LONG, "rope_type": "yarn"},
+    "rope_low_freq_factor": {**LONG, "rope_type": "llama3"},
+    "rope_high_freq_factor": {**LONG, "rope_type": "llama3"},
+    "rope_beta_fast": {**LONG, "rope_type": "yarn"},
+    "rope_beta_slow": {**LONG, "rope_type": "yarn"},
+    "rope_attention_factor": {**LONG, "rope_type": "yarn"},
+    "num_experts_per_tok": {"num_experts": 4},
+    "num_shared_experts": {"num_experts": 4},
+    "moe_intermediate_size": {"num_experts": 4},
+    "norm_topk_prob": {"num_experts": 4},
+    "router_aux_loss_coef": {"num_experts": 4},
+    "router_aux_loss_level": {"num_experts": 4},
+    "router_z_loss_coef": {"num_experts": 4},
+}
 SEEN_IN = {
     "attention": program,
+    "activation_checkpointing": program,
+    "scan_layers": program,
+    "router_aux_loss_coef": minimised,
+    "router_aux_loss_level": minimised,
+    "router_z_loss_coef": minimised,
     "initializer_range": first_weights,
     "max_position_embeddings": longest_prompt,
 }
 ONE_LAYER = changed(SMALL, num_hidden_layers=1)
 
 
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+# How the blocks are executed ----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("checkpointing", "scan_layers"),
+    [("none", True), ("dots", False), ("full", False), ("full", True)],
+)
+@pytest.mark.parametrize("experts", [0, 4])
+def test_scanning_and_recomputing_change_not_one_number(
+    experts: int, checkpointing: str, scan_layers: bool
+) -> None:
+    """Loss and gradients in float64 with all dropouts on, to the last few bits that the order of
+    additions leaves open."""
+    rates = dict.fromkeys(
+        ("embedding_dropout", "attention_dropout", "residual_dropout", "mlp_dropout"), 0.3
+    )
+    plain = changed(
+        SMALL, num_hidden_layers=3, num_experts=experts, compute_dtype="float64", **rates
+    )
+    batch = {"tokens": TOKENS, "targets": TOKENS, "loss_mask": np.ones(TOKENS.shape, bool)}
+
+    def numbers(config: ModelConfig) -> Any:
+        structure, _ = model_structure(config)
+
+        def loss(weights: Any) -> Any:
+            arrays, key = jax.tree.map(jnp.asarray, batch), jax.random.key(3)
+            return next_token_loss(merge_weights(structure, weights), arrays, key)[0]
+
+        return jax.jit(jax.value_and_grad(loss))(weights)
+
+    weights = random_weights(plain)
+    expected = numbers(plain)
+    actual = numbers(
+        changed(plain, activation_checkpointing=checkpointing, scan_layers=scan_layers)
+    )
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-14)
+
+
+def test_scanning_compiles_one_block_and_recomputing_keeps_less() -> None:
+    deep = changed(SMALL, num_hidden_layers=8, hidden_size=64, intermediate_size=256)
+    tokens = jnp.zeros((8, 64), jnp.int32)
+
+    def compiled(config: ModelConfig) -> Any:
+        structure, shapes = model_structure(config)
+
+        def loss(weights: Any) -> Any:
+            return jnp.sum(merge_weights(structure, weights)(tokens) ** 2)
+
+        return jax.jit(jax.grad(loss)).lower(shapes).compile()
+
+    plain = compiled(deep)
+    scanned = compiled(changed(deep, scan_layers=True))
+    assert len(scanned.as_text()) < len(plain.as_text()) / 2
+    # XLA's CPU compiler finds the same product twice in straight code and keeps the first, so what
+    # is computed again shows across the bounds of a loop only.
+    full, dots = (
+        compiled(changed(deep, scan_layers=True, activation_checkpointing=policy))
+        for policy in ("full", "dots")
+    )
+    held = [program.memory_analysis().temp_size_in_bytes for program in (full, dots, scanned)]
+    assert held[0] < 0.7 * held[1]
+    assert held[1] < 0.7 * held[2]
+
+
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ModelConfig)])
 def test_every_model_setting_changes_shapes_or_numbers(field: str) -> None:
     assert field in CASES, f"add a case for the new setting {field}"
-    effect = SEEN_IN.get(field, output)
-    assert effect(ONE_LAYER) != effect(changed(ONE_LAYER, **{field: CASES[field]}))
+    effect, beside = SEEN_IN.get(field, output), BESIDE.get(field, {})
+    before = changed(ONE_LAYER, **beside)
+    after = changed(ONE_LAYER, **{**beside, field: CASES[field]})
+    assert not after.problems()
+    assert effect(before) != effect(after)

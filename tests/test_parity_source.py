@@ -21,15 +21,22 @@ MIRRORED += [
 ONLY_IN_JAX = {
     "inference/generate.py": {"Generator.compilations", "bucket"},  # nothing is compiled
     "model/attention.py": {"suits_cudnn"},  # torch picks its kernel by itself
-    "model/transformer.py": {"matmul_precision"},  # torch multiplies in float32 unless told
+    "model/layers.py": {"matmul_precision"},  # torch multiplies in float32 unless told
+    # torch loops over experts
+    "model/moe.py": {
+        *("ExpertLinear", "ExpertLinear.forward", "Experts", "Experts.forward", "permute"),
+    },
     "objectives/pretrain.py": {"floor_of_rows", "whole_documents"},  # the toy text's own entropy
     "training/optim.py": {"read_moments", "write_moments"},  # its state has that form already
 }
+# Rooms that the twin's plain forms need not have.
+ONLY_IN_JAX_FILES = {"model/grouped_dot.py"}
 ONLY_IN_TORCH = {
     "inference/language_model.py": {"model_from_bundle", "bundle_from_model"},
     "inference/sampling.py": {"first_largest"},  # jnp.argmax
     "model/weights.py": {"from_jax_weights", "to_jax_weights", "as_tensors"},
-    "training/optim.py": {"Optimizer", "global_norm", "clip_by_global_norm"},  # optax
+    # optax
+    "training/optim.py": {"Optimizer", "global_norm", "clip_by_global_norm", "orthogonalize"},
     "training/step.py": {"as_device_batch", "step_generator"},  # jax.jit, jax.random
 }
 
@@ -91,7 +98,8 @@ def test_every_file_of_the_model_has_a_twin() -> None:
         for room in ROOMS
         for path in (ROOT / "tinyllm_jax" / room).glob("*.py")
     }
-    assert {file for file in FILES if file.startswith(ROOMS)} == expected
+    assert expected >= ONLY_IN_JAX_FILES
+    assert {file for file in FILES if file.startswith(ROOMS)} == expected - ONLY_IN_JAX_FILES
 
 
 def test_the_twin_imports_of_tinyllm_jax_only_what_imports_no_framework() -> None:

@@ -269,16 +269,16 @@ def test_both_evaluate_to_the_same_loss(prepared_folder: Path) -> None:
     objective = jax_pretrain.make_pretraining(config, prepared)
     with precision(config.model):
         structure, _ = jax_weights.model_structure(config.model)
-        step = jax_step.make_evaluation_step(structure, objective.loss_sum, objective.loss_weight)
+        step = jax_step.make_evaluation_step(structure, objective.loss_sums, objective.loss_weight)
         expected = jax_evaluate(jax.jit(step), theirs.state.weights, objective.evaluation_batches())
     twin = torch_pretrain.make_pretraining(config, prepared)
     step = torch_step.make_evaluation_step(
-        torch_weights.model_structure(config.model)[0], twin.loss_sum, twin.loss_weight
+        torch_weights.model_structure(config.model)[0], twin.loss_sums, twin.loss_weight
     )
     actual = torch_evaluate(step, ours.state.weights, twin.evaluation_batches())
     assert actual == pytest.approx(expected, rel=1e-10)
-    described = objective.describe_loss(expected)
-    for name, value in twin.describe_loss(actual).items():
+    described = objective.describe_loss(expected["loss"])
+    for name, value in twin.describe_loss(actual["loss"]).items():
         assert value == pytest.approx(described[name], rel=1e-9)
 
 

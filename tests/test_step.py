@@ -1,4 +1,4 @@
-"""The train step against PyTorch's AdamW, and what it promises about passes and bad numbers."""
+"""The train step: what it promises about its loss, passes, dropout and bad numbers."""
 
 import dataclasses
 
@@ -8,17 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from tinyllm_jax.config import Config, OptimizerConfig
+from tinyllm_jax.config import Config
 from tinyllm_jax.model.weights import initial_weights, merge_weights, model_structure
 from tinyllm_jax.objectives.losses import cross_entropy_sum
 from tinyllm_jax.objectives.pretrain import count_targets, next_token_loss
 from tinyllm_jax.settings import build
-from tinyllm_jax.training.optim import (
-    learning_rate_schedule,
-    make_optimizer,
-    read_moments,
-    write_moments,
-)
 from tinyllm_jax.training.step import make_evaluation_step, make_train_step, new_state
 
 SHAPE = {
@@ -69,70 +63,6 @@ def test_cross_entropy_equals_torch_also_for_huge_logits():
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
-def test_the_schedule_climbs_falls_along_a_cosine_and_stays():
-    config = small_config(
-        optimizer__warmup_steps=10, optimizer__decay_steps=30, train__max_steps=100
-    )
-    schedule = learning_rate_schedule(config)
-    actual = [float(schedule(update)) for update in (1, 5, 10, 20, 25, 30, 31, 100)]
-    peak, floor = 1e-2, 1e-3
-
-    def cosine(share: float) -> float:
-        return floor + (peak - floor) * 0.5 * (1 + np.cos(np.pi * share))
-
-    expected = [peak * 0.1, peak * 0.5, peak, cosine(0.5), cosine(0.75), floor, floor, floor]
-    np.testing.assert_allclose(actual, expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("max_grad_norm", [0.0, 0.05, 1e6])
-def test_the_optimizer_equals_torch_adamw_over_several_steps(max_grad_norm):
-    config = small_config(optimizer__max_grad_norm=max_grad_norm, optimizer__weight_decay=0.3)
-    schedule = learning_rate_schedule(config)
-    numbers = np.random.default_rng(1)
-    start = {"matrix": numbers.normal(size=(4, 3)), "norm": numbers.normal(size=3)}
-    twins = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
-    theirs = torch.optim.AdamW(
-        [
-            {"params": [twins["matrix"]], "weight_decay": 0.3},
-            {"params": [twins["norm"]], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.95),
-        eps=1e-8,
-    )
-    with jax.enable_x64(True):
-        optimizer = make_optimizer(config)
-        weights = jax.tree.map(jnp.asarray, start)
-        state = optimizer.init(weights)
-        for update in range(1, 9):
-            gradients = {name: numbers.normal(size=value.shape) for name, value in start.items()}
-            updates, state = optimizer.update(jax.tree.map(jnp.asarray, gradients), state, weights)
-            weights = jax.tree.map(lambda weight, change: weight + change, weights, updates)
-            for name, twin in twins.items():
-                twin.grad = torch.tensor(gradients[name])
-            if max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(list(twins.values()), max_grad_norm)
-            for group in theirs.param_groups:
-                group["lr"] = float(schedule(jnp.asarray(update)))
-            theirs.step()
-        for name, twin in twins.items():
-            # optax divides by the norm, torch by the norm + 1e-6.
-            tolerance = 1e-10 if max_grad_norm != 0.05 else 1e-5
-            np.testing.assert_allclose(weights[name], twin.detach().numpy(), rtol=tolerance)
-
-
-def test_moments_survive_being_read_and_written():
-    config = small_config()
-    optimizer = make_optimizer(config)
-    weights = {"matrix": jnp.ones((2, 2)), "norm": jnp.ones(2)}
-    _, state = optimizer.update(weights, optimizer.init(weights), weights)
-    again = write_moments(optimizer.init(weights), read_moments(state))
-    expected, actual = jax.tree.leaves(state), jax.tree.leaves(again)
-    assert jax.tree.structure(state) == jax.tree.structure(again)
-    for one, other in zip(expected, actual, strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert int(read_moments(again).count) == 1
-
-
 @pytest.mark.parametrize("passes", [2, 4])
 def test_accumulated_passes_give_the_exact_token_mean_however_unevenly_they_are_filled(passes):
     with jax.enable_x64(True):
@@ -165,8 +95,8 @@ def test_the_loss_of_a_step_is_the_mean_over_unmasked_targets():
     np.testing.assert_allclose(numbers["loss"], expected, rtol=1e-5)
     assert float(numbers["targets"]) == batch["loss_mask"].sum()
     evaluation_step = jax.jit(make_evaluation_step(structure, next_token_loss, count_targets))
-    loss_sum, targets = evaluation_step(weights, batch)
-    np.testing.assert_allclose(loss_sum / targets, expected, rtol=1e-5)
+    sums, targets = evaluation_step(weights, batch)
+    np.testing.assert_allclose(sums["loss"] / targets, expected, rtol=1e-5)
 
 
 def test_a_step_that_is_no_number_changes_nothing_but_the_streak():
@@ -234,7 +164,7 @@ def test_every_pass_drops_out_other_places():
                 merge_weights(structure, state_of_one_pass.weights),
                 jax.tree.map(jnp.asarray, batch),
                 key,
-            )
+            )[0]
         )
         for key in keys
     ]
@@ -261,35 +191,6 @@ def test_the_learning_rate_of_a_step_is_that_of_its_update():
     for update in (1, 2, 3):
         state, numbers = step(state, batch)
         assert float(numbers["learning_rate"]) == pytest.approx(1e-2 * update / 5)
-
-
-OPTIMIZER_CHANGES = {
-    "learning_rate": 2e-2,
-    "min_learning_rate": 5e-3,
-    "warmup_steps": 3,
-    "decay_steps": 7,
-    "weight_decay": 0.5,
-    "beta1": 0.5,
-    "beta2": 0.5,
-    "epsilon": 1e-2,
-    "max_grad_norm": 0.01,
-}
-
-
-def weights_after(config: Config, steps: int) -> np.ndarray:
-    step, state = stepper(config), new_state(config, initial_weights(config.model, seed=0))
-    for number in range(steps):
-        state, _ = step(state, random_batch(number, rows=4, masked=False))
-    return np.asarray(state.weights["layers.0.mlp.up_proj.kernel"])
-
-
-def test_every_optimizer_setting_changes_the_weights():
-    names = {field.name for field in dataclasses.fields(OptimizerConfig)}
-    assert set(OPTIMIZER_CHANGES) == names
-    plain = weights_after(small_config(), 8)
-    for name, value in OPTIMIZER_CHANGES.items():
-        changed = weights_after(small_config(**{f"optimizer__{name}": value}), 8)
-        assert np.abs(changed - plain).max() > 1e-5, name
 
 
 def test_training_lowers_the_loss_of_a_batch():

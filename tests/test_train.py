@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -116,7 +117,11 @@ def test_losses_that_are_no_numbers_stop_the_run_with_a_message(folder, monkeypa
     from tinyllm_jax.objectives import pretrain
 
     sound = pretrain.next_token_loss
-    monkeypatch.setattr(pretrain, "next_token_loss", lambda *inputs: sound(*inputs) * float("nan"))
+
+    def unsound(*inputs):
+        return tuple(jax.tree.map(lambda x: x * float("nan"), sound(*inputs)))
+
+    monkeypatch.setattr(pretrain, "next_token_loss", unsound)
     flags = ["--max-steps", "50", "--out", "run", "--train.max_nonfinite_steps", "4"]
     assert train.main([*SMALL_RUN, *flags]) == 1
     printed = capsys.readouterr().err
@@ -153,7 +158,7 @@ def test_a_streak_that_is_seen_late_stops_the_run_all_the_same(flags, folder, mo
 
 def test_a_validation_loss_that_is_no_number_is_reported_and_never_the_best(folder, monkeypatch):
     losses = iter([float("nan"), 2.0, 3.0])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: next(losses))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: {"loss": next(losses)})
     flags = ["--max-steps", "3", "--train.eval_interval_steps", "1", "--out", "run"]
     assert train.main([*SMALL_RUN, *flags]) == 0
     looks = [row for row in read_metrics(Path("run/metrics.jsonl")) if row["kind"] == "eval"]

@@ -17,7 +17,7 @@ from tinyllm_jax.settings import build, flatten, read_toml, setting, to_table
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and arithmetic of the decoder, in Hugging Face's words."""
+    """Shape and arithmetic of the decoder, in Hugging Face's words, and how it is executed."""
 
     vocab_size: int = setting(1024, "entries of the embedding table", unit="tokens", minimum=8)
     hidden_size: int = setting(128, "width of the residual stream", minimum=2)
@@ -34,8 +34,92 @@ class ModelConfig:
         256, "longest context the model is made for", unit="tokens", minimum=2
     )
     rope_theta: float = setting(10000.0, "base of the rotary frequencies", above=1.0)
+    rope_type: str = setting(
+        "default",
+        "how rotary frequencies are stretched for contexts longer than the trained one: not at all "
+        "(default), all alike (linear), or low ones more than high ones (llama3, yarn)",
+        choices=("default", "linear", "llama3", "yarn"),
+    )
+    rope_factor: float = setting(
+        1.0,
+        "how many times longer the context becomes; for every rope_type but default",
+        minimum=1.0,
+    )
+    rope_original_max_position_embeddings: int = setting(
+        0,
+        "llama3, yarn: context that the frequencies were trained on; 0 is max_position_embeddings / "
+        "rope_factor",
+        unit="tokens",
+        minimum=0,
+    )
+    rope_low_freq_factor: float = setting(
+        1.0,
+        "llama3: frequencies that turn less often than this within the original context are divided "
+        "by rope_factor",
+        unit="turns",
+        above=0.0,
+    )
+    rope_high_freq_factor: float = setting(
+        4.0,
+        "llama3: frequencies that turn more often than this within the original context stay",
+        unit="turns",
+        above=0.0,
+    )
+    rope_beta_fast: float = setting(
+        32.0,
+        "yarn: frequencies that turn more often than this within the original context stay",
+        unit="turns",
+        above=0.0,
+    )
+    rope_beta_slow: float = setting(
+        1.0,
+        "yarn: frequencies that turn less often than this within the original context are divided "
+        "by rope_factor",
+        unit="turns",
+        above=0.0,
+    )
+    rope_attention_factor: float = setting(
+        0.0,
+        "yarn: queries and keys are both multiplied by this; 0 is 0.1 ln(rope_factor) + 1",
+        minimum=0.0,
+    )
     rms_norm_eps: float = setting(1e-5, "added to the mean square in RMSNorm", above=0.0)
+    qk_norm: bool = setting(
+        False, "queries and keys of every head pass an RMSNorm before they are turned (as in Qwen3)"
+    )
     tie_word_embeddings: bool = setting(True, "the head reuses the embedding table")
+    num_experts: int = setting(
+        0, "routed experts in place of each MLP; 0 is one dense MLP", unit="experts", minimum=0
+    )
+    num_experts_per_tok: int = setting(
+        2, "routed experts that each token passes", unit="experts", minimum=1
+    )
+    num_shared_experts: int = setting(
+        0, "experts that every token passes besides, as one wide MLP", unit="experts", minimum=0
+    )
+    moe_intermediate_size: int = setting(
+        0, "width of the hidden layer of one expert; 0 is intermediate_size", minimum=0
+    )
+    norm_topk_prob: bool = setting(
+        True, "the probabilities of the chosen experts are scaled to sum to 1"
+    )
+    router_aux_loss_coef: float = setting(
+        0.01,
+        "weight of the loss that is 1 for every layer where the experts are loaded alike, and more "
+        "where not; 0 leaves it out",
+        minimum=0.0,
+    )
+    router_aux_loss_level: str = setting(
+        "batch",
+        "experts shall be loaded alike over all tokens of a pass (batch) or within each row "
+        "(sequence)",
+        choices=("batch", "sequence"),
+    )
+    router_z_loss_coef: float = setting(
+        0.0,
+        "weight of the mean square of log-sum-exp of the router's logits, for every layer",
+        minimum=0.0,
+    )
     initializer_range: float = setting(
         0.02,
         "standard deviation of initial weights; projections into the residual stream get this "
@@ -66,8 +150,24 @@ class ModelConfig:
         "elsewhere, reference for float32, float64 and attention dropout",
         choices=("auto", "xla", "cudnn", "reference"),
     )
+    activation_checkpointing: str = setting(
+        "none",
+        "what the backward pass computes again to save memory: nothing (none), all but the products "
+        "with weights (dots), or whole blocks (full)",
+        choices=("none", "dots", "full"),
+    )
+    scan_layers: bool = setting(
+        False,
+        "compile one block and loop over it: compiles faster with many layers, for a copy of the "
+        "blocks' weights at each step",
+    )
 
     def __post_init__(self):
+        if self.moe_intermediate_size == 0 and self.num_experts > 0:
+            object.__setattr__(self, "moe_intermediate_size", self.intermediate_size)
+        if self.rope_original_max_position_embeddings == 0 and self.rope_type in ("llama3", "yarn"):
+            original = int(self.max_position_embeddings / max(self.rope_factor, 1.0))
+            object.__setattr__(self, "rope_original_max_position_embeddings", max(original, 1))
         heads = self.num_attention_heads
         if self.head_dim == 0 and heads > 0 and self.hidden_size % heads == 0:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
@@ -102,6 +202,31 @@ class ModelConfig:
             found.append(
                 f"model.attention=cudnn takes no {self.compute_dtype}. Use "
                 "model.compute_dtype=bfloat16 or model.attention=xla."
+            )
+        if self.rope_type == "default" and self.rope_factor != 1.0:
+            found.append(
+                f"model.rope_factor={self.rope_factor:g} stretches nothing with "
+                "model.rope_type=default. Use model.rope_type=linear, llama3 or yarn."
+            )
+        if self.rope_high_freq_factor <= self.rope_low_freq_factor:
+            found.append(
+                f"model.rope_high_freq_factor={self.rope_high_freq_factor:g} is not above "
+                f"model.rope_low_freq_factor={self.rope_low_freq_factor:g}. Use 4 and 1."
+            )
+        if self.rope_beta_fast <= self.rope_beta_slow:
+            found.append(
+                f"model.rope_beta_fast={self.rope_beta_fast:g} is not above "
+                f"model.rope_beta_slow={self.rope_beta_slow:g}. Use 32 and 1."
+            )
+        if 0 < self.num_experts < self.num_experts_per_tok:
+            found.append(
+                f"model.num_experts_per_tok={self.num_experts_per_tok} is more than "
+                f"model.num_experts={self.num_experts}. Use {self.num_experts} or less."
+            )
+        if self.num_experts == 0 and self.num_shared_experts > 0:
+            found.append(
+                f"model.num_shared_experts={self.num_shared_experts} without routed experts. Use "
+                "model.num_experts=4 or more, or a wider model.intermediate_size."
             )
         return found
 
@@ -211,10 +336,31 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up, then cosine to a floor, constant after."""
+    """AdamW or Muon, with linear warm-up, then a way down to a floor, constant after."""
 
+    name: str = setting(
+        "adamw",
+        "adamw: for every weight; muon: for the matrices inside the blocks, adamw for embedding, "
+        "head, routers and norms, at the same learning rate",
+        choices=("adamw", "muon"),
+    )
     learning_rate: float = setting(5e-4, "peak of the schedule", above=0.0, flag="--learning-rate")
-    min_learning_rate: float = setting(5e-5, "floor of the schedule", minimum=0.0)
+    min_learning_rate: float = setting(
+        5e-5, "floor of the schedule; minimind_cosine has its own", minimum=0.0
+    )
+    schedule: str = setting(
+        "cosine",
+        "after warm-up: cosine to the floor; wsd: the peak, then linearly to the floor over the last "
+        "wsd_decay_share; minimind_cosine: a tenth of the peak more than a cosine to 0, so without "
+        "warm-up it starts at 1.1 of the peak, and it ends at 0.1",
+        choices=("cosine", "wsd", "minimind_cosine"),
+    )
+    wsd_decay_share: float = setting(
+        0.2,
+        "wsd: share of decay_steps that goes down, or all that warm-up leaves",
+        above=0.0,
+        maximum=1.0,
+    )
     warmup_steps: int = setting(
         100,
         "steps from 0 to the peak; the first step already has peak / warmup_steps; a run shorter "
@@ -230,9 +376,12 @@ class OptimizerConfig:
         minimum=0,
     )
     weight_decay: float = setting(0.1, "decay of matrices; norms have none", minimum=0.0)
-    beta1: float = setting(0.9, "decay of the first moment", minimum=0.0, maximum=0.9999)
-    beta2: float = setting(0.95, "decay of the second moment", minimum=0.0, maximum=0.999999)
-    epsilon: float = setting(1e-8, "added to the root of the second moment", above=0.0)
+    beta1: float = setting(0.9, "adamw: decay of the first moment", minimum=0.0, maximum=0.9999)
+    beta2: float = setting(0.95, "adamw: decay of the second moment", minimum=0.0, maximum=0.999999)
+    epsilon: float = setting(1e-8, "adamw: added to the root of the second moment", above=0.0)
+    muon_momentum: float = setting(
+        0.95, "muon: decay of its first moment", minimum=0.0, maximum=0.9999
+    )
     max_grad_norm: float = setting(
         1.0, "gradients are scaled down to this global norm; 0 leaves them", minimum=0.0
     )
@@ -345,6 +494,12 @@ class RunConfig:
     auto_resume: bool = setting(
         False, "go on from the run folder's newest checkpoint if it has one", flag="--auto-resume"
     )
+    dry_run: bool = setting(
+        False,
+        "compile the step, print its memory and speed on made-up rows, and stop before any data is "
+        "read or anything written",
+        flag="--dry-run",
+    )
     init_from: str = setting(
         "", "start from the weights (only) of this run or step folder", flag="--init-from"
     )
@@ -373,7 +528,8 @@ class Config:
                 f"model.max_position_embeddings={self.model.max_position_embeddings}. Use "
                 f"{self.model.max_position_embeddings} or less, or raise the other."
             )
-        if optimizer.min_learning_rate > optimizer.learning_rate:
+        floored = optimizer.schedule != "minimind_cosine"
+        if floored and optimizer.min_learning_rate > optimizer.learning_rate:
             found.append(
                 f"optimizer.min_learning_rate={optimizer.min_learning_rate} is above "
                 f"optimizer.learning_rate={optimizer.learning_rate}. Use "

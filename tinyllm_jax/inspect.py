@@ -101,7 +101,7 @@ def show_device(config: Config) -> None:
     import jax
 
     from tinyllm_jax.model.attention import choose_implementation
-    from tinyllm_jax.model.transformer import compute_dtype, parameter_dtype
+    from tinyllm_jax.model.layers import compute_dtype, parameter_dtype
     from tinyllm_jax.training.devices import peak_flops
 
     heading("Device")
@@ -145,7 +145,11 @@ def show_parameters(config: Config, weights: dict[str, Any]) -> None:
     """List every weight with shape, size and spread."""
     import numpy as np
 
-    from tinyllm_jax.model.weights import count_parameters, flops_per_token
+    from tinyllm_jax.model.weights import (
+        count_active_parameters,
+        count_parameters,
+        flops_per_token,
+    )
 
     heading("Weights")
     print(f"{'name':<44} {'shape':>14} {'parameters':>12} {'std':>9}")
@@ -155,6 +159,8 @@ def show_parameters(config: Config, weights: dict[str, Any]) -> None:
     total, outside = count_parameters(config.model)
     flops = flops_per_token(config.model, sequence_length=config.data.sequence_length)
     print(f"{total:,} parameters, {outside:,} without the embedding")
+    if config.model.num_experts > 0:
+        print(f"{count_active_parameters(config.model):,} parameters active for each token")
     print(f"{flops / 1e6:,.2f} MFLOP to train on one token")
 
 
@@ -168,12 +174,12 @@ def show_step(config: Config, objective: "Objective", state: Any) -> None:
 
     structure, _ = model_structure(config.model)
     batch = objective.train_batch(0)
-    step = jax.jit(make_train_step(config, structure, objective.loss_sum, objective.loss_weight))
+    step = jax.jit(make_train_step(config, structure, objective.loss_sums, objective.loss_weight))
     after, numbers = step(state, batch)
 
     def mean_loss(weights: Any, batch: Any) -> Any:
         model = merge_weights(structure, weights)
-        return objective.loss_sum(model, batch, None) / objective.loss_weight(batch)
+        return objective.loss_sums(model, batch, None)[0] / objective.loss_weight(batch)
 
     gradients = jax.jit(jax.grad(mean_loss))(state.weights, batch)
     heading("One optimizer step")

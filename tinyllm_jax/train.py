@@ -37,6 +37,7 @@ def main(words: Sequence[str] | None = None) -> int:
     from tinyllm_jax.data.prepare import prepare
     from tinyllm_jax.model.weights import model_structure
     from tinyllm_jax.objectives.pretrain import make_pretraining
+    from tinyllm_jax.training.dry_run import dry_run
     from tinyllm_jax.training.loop import Identity, fit
     from tinyllm_jax.training.start import (
         best_so_far,
@@ -52,6 +53,10 @@ def main(words: Sequence[str] | None = None) -> int:
         folder = find_folder(preset, overrides)
     except InputError as error:
         raise InputError("\n".join([str(error), *problems])) from None
+    if overrides.get("run.dry_run"):
+        config = find_start(preset, overrides, problems, folder, say=say).config
+        set_up_jax(config)
+        return dry_run(config, say=say)
     check_folder(folder)
     lock = folder.resolve().parent / f".{folder.name}.lock"
     with locked(lock, on_wait=lambda: refuse_second_run(folder)):
@@ -157,8 +162,8 @@ def say_what_starts(start: "Start", prepared: "PreparedData") -> None:
     import jax
 
     from tinyllm_jax.model.attention import choose_implementation
-    from tinyllm_jax.model.transformer import compute_dtype
-    from tinyllm_jax.model.weights import count_parameters
+    from tinyllm_jax.model.layers import compute_dtype
+    from tinyllm_jax.model.weights import count_active_parameters, count_parameters
 
     config, device = start.config, jax.devices()[0]
     total, outside = count_parameters(config.model)
@@ -169,7 +174,9 @@ def say_what_starts(start: "Start", prepared: "PreparedData") -> None:
     train, validation = prepared.train, prepared.validation
     tokens_per_step = config.rows_per_step * config.data.sequence_length
     say(f"Device   {device.device_kind} ({device.platform}), {dtype.name}, attention {kernel}")
-    say(f"Model    {total:,} parameters, {outside:,} without the embedding")
+    active = count_active_parameters(config.model)
+    idle = f", {active:,} active for each token" if active < total else ""
+    say(f"Model    {total:,} parameters, {outside:,} without the embedding{idle}")
     say(
         f"Data     {train.tokens:,} tokens of {train.documents:,} documents to train on, "
         f"{validation.tokens:,} of {validation.documents:,} to validate "

@@ -24,7 +24,8 @@ from tinyllm_jax.config import ModelConfig, SamplingConfig
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference.sampling import RowSettings, next_tokens
 from tinyllm_jax.model.kv_cache import LayerCache, empty_cache
-from tinyllm_jax.model.transformer import Transformer, compute_dtype
+from tinyllm_jax.model.layers import compute_dtype
+from tinyllm_jax.model.transformer import Transformer
 from tinyllm_jax.model.weights import Weights, merge_weights, model_structure
 
 # Prompts and caches below this share a program; reading 32 positions costs about what 1 does.
@@ -50,13 +51,15 @@ class Generator:
 
     Args:
         config: Shape and arithmetic of the model that the weights belong to.
+        tokens: Ids from here on are never picked: an embedding may have more rows than its
+            tokenizer has tokens. None picks of all.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, *, tokens: int | None = None):
         self.config = config
         structure, _ = model_structure(config)
         self._run = jax.jit(
-            functools.partial(_continue_rows, config, structure),
+            functools.partial(_continue_rows, config, structure, tokens or config.vocab_size),
             static_argnames=("slots", "samples"),
         )
 
@@ -222,7 +225,7 @@ def read_prompts(
     config, (prompts, width) = model.config, tokens.shape
     cache = empty_cache(config, batch=prompts, slots=width, dtype=compute_dtype(config))
     positions = jnp.broadcast_to(jnp.arange(width)[None], tokens.shape)
-    _, cache = model.hidden(tokens, positions, cache=cache)
+    cache = model.hidden(tokens, positions, cache=cache).cache
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, slots - width), (0, 0), (0, 0))), cache)
 
 
@@ -242,6 +245,7 @@ class _Rows(NamedTuple):
 def _continue_rows(
     config: ModelConfig,
     structure: nnx.GraphDef,
+    known: int,
     weights: Weights,
     tokens: Int[Array, "prompts width"],
     lengths: Int[Array, "prompts"],
@@ -270,10 +274,11 @@ def _continue_rows(
         # At step 0 this reads the last token of the prompt once more, so that the program holds head
         # and sampler once.
         positions = (lengths - 1 + rows.step)[:, None]
-        hidden, cache = model.hidden(rows.token[:, None], positions, cache=rows.cache)
-        assert cache is not None
+        hidden = model.hidden(rows.token[:, None], positions, cache=rows.cache)
+        assert hidden.cache is not None
+        logits = model.logits(hidden.states)[:, 0]
         token = next_tokens(
-            model.logits(hidden)[:, 0],
+            jnp.where(jnp.arange(config.vocab_size)[None] < known, logits, -jnp.inf),
             present=rows.present,
             settings=settings,
             token_number=token_numbers + rows.step,
@@ -282,7 +287,7 @@ def _continue_rows(
         return _Rows(
             step=rows.step + 1,
             token=token,
-            cache=cache,
+            cache=hidden.cache,
             present=rows.present.at[every_row, token].set(True),
             found=rows.found.at[:, rows.step].set(token),
             counts=rows.counts + ~rows.done,

@@ -36,7 +36,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         with self._precision():
             self.weights = {name: jnp.asarray(value) for name, value in weights.items()}
-            self._generator = Generator(config)
+            self._generator = Generator(config, tokens=tokenizer.vocab_size)
             structure, _ = model_structure(config)
         self._logits = jax.jit(lambda weights, tokens: merge_weights(structure, weights)(tokens))
 

@@ -1,93 +1,52 @@
-"""LLaMA-style decoder: RMSNorm, rotary attention, SwiGLU, tied or untied head.
+"""LLaMA-style decoder: RMSNorm, rotary attention, SwiGLU or experts, tied or untied head.
 
 Weights have Hugging Face's names; a matrix is `kernel` with shape [in, out], the transpose of
 PyTorch's `weight`, and everything else has the same name and shape there.
 
-Letters: r row (one token of the batch), e input width, f output width, v vocabulary.
+Letters: r row (one token of the batch), e input width, v vocabulary.
 
-Source: Touvron et al. 2023, arXiv:2302.13971; RMSNorm: Zhang and Sennrich 2019, arXiv:1910.07467;
-SwiGLU: Shazeer 2020, arXiv:2002.05202; names: transformers, models/llama/modeling_llama.py.
+Source: Touvron et al. 2023, arXiv:2302.13971; norms of queries and keys: Henry et al. 2020,
+arXiv:2010.04245, in the form of transformers, models/qwen3/modeling_qwen3.py; names: transformers,
+models/llama/modeling_llama.py.
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.lax import Precision
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from tinyllm_jax.config import ModelConfig
 from tinyllm_jax.model.attention import attention, segment_mask
 from tinyllm_jax.model.dropout import dropout
 from tinyllm_jax.model.kv_cache import LayerCache, visible_slots, write
+from tinyllm_jax.model.layers import (
+    MLP,
+    Embedding,
+    Linear,
+    RMSNorm,
+    compute_dtype,
+    matmul_precision,
+    parameter_dtype,
+)
+from tinyllm_jax.model.moe import MoE, Routing
 from tinyllm_jax.model.rope import rope_tables, rotate
 
-
-def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """Name the type of activations; `auto` is bfloat16 on GPU and TPU, float32 on CPU."""
-    if config.compute_dtype == "auto":
-        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    return jnp.dtype(config.compute_dtype)
-
-
-def parameter_dtype(config: ModelConfig) -> jnp.dtype:
-    """Name the type of weights: float32, or float64 where the model computes in float64."""
-    return jnp.promote_types(compute_dtype(config), jnp.float32)
+# What the forward pass keeps for the backward pass; all else is computed again.
+KEPT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
-def matmul_precision(dtype: jnp.dtype) -> Precision:
-    """Keep float32 products in float32 on devices whose default multiplies in fewer bits."""
-    return Precision.DEFAULT if dtype == jnp.bfloat16 else Precision.HIGHEST
+class Hidden(NamedTuple):
+    """What the blocks make of tokens."""
 
-
-class Linear(nnx.Module):
-    """Matrix product without bias."""
-
-    def __init__(
-        self, in_size: int, out_size: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
-        noise = jax.random.normal(rngs.params(), (in_size, out_size), dtype)
-        self.kernel = nnx.Param(std * noise)
-
-    def __call__(self, x: Float[Array, "batch seq in"]) -> Float[Array, "batch seq out"]:
-        """Multiply rows as one matrix: with batch and sequence apart, XLA's CPU backend transposes
-        a copy of every gradient, which doubles the time of the MLP."""
-        kernel = self.kernel[...].astype(x.dtype)
-        rows = x.reshape(-1, x.shape[-1])
-        out = jnp.einsum("re,ef->rf", rows, kernel, precision=matmul_precision(x.dtype))
-        return out.reshape(*x.shape[:-1], -1)
-
-
-class Embedding(nnx.Module):
-    """Table of one vector for each token."""
-
-    def __init__(self, rows: int, size: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (rows, size), dtype))
-
-    def __call__(
-        self, tokens: Int[Array, "batch seq"], *, dtype: jnp.dtype
-    ) -> Float[Array, "batch seq hidden"]:
-        # Cast after the look-up: the gradient of a frequent token is a sum of thousands, which
-        # bfloat16 cannot hold.
-        return jnp.take(self.weight[...], tokens, axis=0).astype(dtype)
-
-
-class RMSNorm(nnx.Module):
-    """Scale each vector to unit root mean square, then by a learnt weight."""
-
-    def __init__(self, size: int, *, eps: float, dtype: jnp.dtype):
-        self.weight = nnx.Param(jnp.ones(size, dtype))
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq hidden"]:
-        """Normalise at least in float32; the weight is applied in the type of `x`."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normed = wide * jax.lax.rsqrt(mean_square + self.eps)
-        # Both are rounded to the type of `x` and then widened: the product is the same, and the
-        # gradient of the weight, a sum over all rows, is not summed in bfloat16.
-        factors = [normed, self.weight[...][None, None, :]]
-        normed, weight = (factor.astype(x.dtype).astype(wide.dtype) for factor in factors)
-        return (normed * weight).astype(x.dtype)
+    states: Float[Array, "batch seq hidden"]
+    cache: tuple[LayerCache, ...] | None
+    routing: Routing | None  # of all blocks; None without experts
 
 
 class Attention(nnx.Module):
@@ -102,6 +61,9 @@ class Attention(nnx.Module):
         self.k_proj = Linear(hidden, kv_size, std=std, dtype=dtype, rngs=rngs)
         self.v_proj = Linear(hidden, kv_size, std=std, dtype=dtype, rngs=rngs)
         self.o_proj = Linear(query_size, hidden, std=residual_std, dtype=dtype, rngs=rngs)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
         self.config = config
 
     def __call__(
@@ -119,6 +81,8 @@ class Attention(nnx.Module):
         query = self.q_proj(x).reshape(batch, seq, config.num_attention_heads, config.head_dim)
         key = self.k_proj(x).reshape(batch, seq, config.num_key_value_heads, config.head_dim)
         value = self.v_proj(x).reshape(batch, seq, config.num_key_value_heads, config.head_dim)
+        if config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rope), rotate(key, *rope)
         if cache is not None:
             cache = write(cache, key, value, positions)
@@ -135,38 +99,18 @@ class Attention(nnx.Module):
         return self.o_proj(mixed.reshape(batch, seq, -1)), cache
 
 
-class MLP(nnx.Module):
-    """SwiGLU feed-forward layer."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        hidden, inner, dtype = (
-            config.hidden_size,
-            config.intermediate_size,
-            parameter_dtype(config),
-        )
-        std = config.initializer_range
-        residual_std = std / (2 * config.num_hidden_layers) ** 0.5
-        self.gate_proj = Linear(hidden, inner, std=std, dtype=dtype, rngs=rngs)
-        self.up_proj = Linear(hidden, inner, std=std, dtype=dtype, rngs=rngs)
-        self.down_proj = Linear(inner, hidden, std=residual_std, dtype=dtype, rngs=rngs)
-        self.dropout_rate = config.mlp_dropout
-
-    def __call__(
-        self, x: Float[Array, "batch seq hidden"], *, dropout_key: PRNGKeyArray | None
-    ) -> Float[Array, "batch seq hidden"]:
-        inner = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(dropout(inner, rate=self.dropout_rate, key=dropout_key))
-
-
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP or experts, each behind a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         hidden, eps, dtype = config.hidden_size, config.rms_norm_eps, parameter_dtype(config)
         self.input_layernorm = RMSNorm(hidden, eps=eps, dtype=dtype)
         self.self_attn = Attention(config, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(hidden, eps=eps, dtype=dtype)
-        self.mlp = MLP(config, rngs=rngs)
+        if config.num_experts > 0:
+            self.mlp = MoE(config, rngs=rngs)
+        else:
+            self.mlp = MLP(config, inner=config.intermediate_size, rngs=rngs)
         self.residual_dropout = config.residual_dropout
 
     def __call__(
@@ -177,8 +121,9 @@ class DecoderLayer(nnx.Module):
         *,
         cache: LayerCache | None,
         positions: Int[Array, "batch seq"],
+        counted: Bool[Array, "batch seq"],
         dropout_key: PRNGKeyArray | None,
-    ) -> tuple[Float[Array, "batch seq hidden"], LayerCache | None]:
+    ) -> tuple[Float[Array, "batch seq hidden"], LayerCache | None, Routing | None]:
         keys = [None] * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
         attended, cache = self.self_attn(
             self.input_layernorm(x),
@@ -189,8 +134,12 @@ class DecoderLayer(nnx.Module):
             dropout_key=keys[0],
         )
         x = x + dropout(attended, rate=self.residual_dropout, key=keys[1])
-        fed = self.mlp(self.post_attention_layernorm(x), dropout_key=keys[2])
-        return x + dropout(fed, rate=self.residual_dropout, key=keys[3]), cache
+        normed, routing = self.post_attention_layernorm(x), None
+        if isinstance(self.mlp, MoE):
+            fed, routing = self.mlp(normed, counted, dropout_key=keys[2])
+        else:
+            fed = self.mlp(normed, dropout_key=keys[2])
+        return x + dropout(fed, rate=self.residual_dropout, key=keys[3]), cache, routing
 
 
 class Transformer(nnx.Module):
@@ -229,8 +178,8 @@ class Transformer(nnx.Module):
                 another document. None is plain causal attention.
             dropout_key: Turns dropout on.
         """
-        hidden, _ = self.hidden(tokens, positions, segment_ids, dropout_key=dropout_key)
-        return self.logits(hidden)
+        hidden = self.hidden(tokens, positions, segment_ids, dropout_key=dropout_key)
+        return self.logits(hidden.states)
 
     def hidden(
         self,
@@ -240,40 +189,86 @@ class Transformer(nnx.Module):
         *,
         cache: tuple[LayerCache, ...] | None = None,
         dropout_key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "batch seq hidden"], tuple[LayerCache, ...] | None]:
+    ) -> Hidden:
         """Compute the final hidden states, and the cache with these tokens written into it.
 
         With a cache, `positions` say in which slots the tokens stand and each token sees all slots
         up to its own.
         """
         config, dtype = self.config, compute_dtype(self.config)
-        keys: list[Array | None] = [None] * (config.num_hidden_layers + 1)
+        keys: Array | None = None
         if dropout_key is not None:
-            keys = list(jax.random.split(dropout_key, config.num_hidden_layers + 1))
+            keys = jax.random.split(dropout_key, config.num_hidden_layers + 1)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        mask = None
+        mask, counted = None, jnp.ones(tokens.shape, bool)
         if cache is not None:
             mask = visible_slots(positions, slots=cache[0].keys.shape[1])
         elif segment_ids is not None:
-            mask = segment_mask(segment_ids)
-        rope = rope_tables(
-            positions, head_dim=config.head_dim, theta=config.rope_theta, dtype=dtype
-        )
+            mask, counted = segment_mask(segment_ids), segment_ids > 0
+        rope = rope_tables(positions, config, dtype=dtype)
         x = self.embed_tokens(tokens, dtype=dtype)
-        x = dropout(x, rate=config.embedding_dropout, key=keys[-1])
-        new_cache = []
-        for index, layer in enumerate(self.layers):
-            x, layer_cache = layer(
+        x = dropout(x, rate=config.embedding_dropout, key=None if keys is None else keys[-1])
+
+        def block(
+            layer: DecoderLayer, x: Array, layer_cache: LayerCache | None, key: Array | None
+        ) -> tuple[Array, LayerCache | None, Routing | None]:
+            return layer(
                 x,
                 rope,
                 mask,
-                cache=None if cache is None else cache[index],
+                cache=layer_cache,
                 positions=positions,
-                dropout_key=keys[index],
+                counted=counted,
+                dropout_key=key,
             )
-            new_cache.append(layer_cache)
-        return self.norm(x), None if cache is None else tuple(new_cache)
+
+        x, caches, routing = self.run_blocks(block, x, cache, keys)
+        return Hidden(self.norm(x), None if cache is None else caches, routing)
+
+    def run_blocks(
+        self,
+        block: Callable[..., tuple[Array, LayerCache | None, Routing | None]],
+        x: Float[Array, "batch seq hidden"],
+        cache: tuple[LayerCache, ...] | None,
+        keys: Array | None,
+    ) -> tuple[Float[Array, "batch seq hidden"], tuple[Any, ...], Routing | None]:
+        """Run all blocks one after another, in the form of the settings, with the same numbers.
+
+        Args:
+            block: Runs one: (layer, x, its cache, its dropout key) -> (x, cache, routing).
+            keys: Dropout keys, one for each block and more; None leaves dropout off.
+        """
+        config = self.config
+        structures, states = zip(*(nnx.split(layer) for layer in self.layers), strict=True)
+
+        def pure(state: Any, x: Array, layer_cache: LayerCache | None, key: Array | None) -> Any:
+            return block(nnx.merge(structures[0], state), x, layer_cache, key)
+
+        # Nothing is kept for a backward pass while text is generated.
+        if config.activation_checkpointing != "none" and cache is None:
+            policy = KEPT[config.activation_checkpointing]
+            pure = jax.checkpoint(pure, policy=policy, prevent_cse=not config.scan_layers)
+        if keys is not None:
+            keys = keys[: config.num_hidden_layers]
+        if config.scan_layers and cache is None:
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+            def body(x: Array, layer: tuple[Any, Array | None]) -> tuple[Array, Any]:
+                x, _, routing = pure(layer[0], x, None, layer[1])
+                return x, routing
+
+            x, routing = jax.lax.scan(body, x, (stacked, keys))
+            return x, (), routing
+        caches, routings = [], []
+        for index, state in enumerate(states):
+            layer_cache = None if cache is None else cache[index]
+            x, layer_cache, routing = pure(
+                state, x, layer_cache, None if keys is None else keys[index]
+            )
+            caches.append(layer_cache)
+            routings.append(routing)
+        return x, tuple(caches), jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings)
 
     def logits(self, hidden: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq vocab"]:
         """Score every token of the vocabulary, summing in float32 (float64 stays float64)."""

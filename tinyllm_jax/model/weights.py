@@ -54,30 +54,42 @@ def initial_weights(config: ModelConfig, *, seed: int) -> Weights:
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """Count all parameters, and those outside the embedding table (the head counts if untied)."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden, per_mlp = config.hidden_size, 3 * config.hidden_size
     query = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
-    layer = hidden * (2 * query + 2 * kv) + 3 * hidden * inner + 2 * hidden
+    layer = hidden * (2 * query + 2 * kv) + 2 * hidden + 2 * config.head_dim * config.qk_norm
+    if config.num_experts > 0:
+        experts = config.num_experts + config.num_shared_experts
+        layer += experts * per_mlp * config.moe_intermediate_size + hidden * config.num_experts
+    else:
+        layer += per_mlp * config.intermediate_size
     embedding = config.vocab_size * hidden
     head = 0 if config.tie_word_embeddings else embedding
     outside = config.num_hidden_layers * layer + hidden + head
     return outside + embedding, outside
 
 
+def count_active_parameters(config: ModelConfig) -> int:
+    """Count the parameters that one token passes: all but the experts that were not chosen."""
+    idle = max(config.num_experts - config.num_experts_per_tok, 0)
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    return count_parameters(config)[0] - config.num_hidden_layers * idle * expert
+
+
 def flops_per_token(config: ModelConfig, *, sequence_length: int) -> float:
     """Count floating-point operations of training on one token: 6 N + 6 L Q S.
 
-    N is every parameter that multiplies (norms left out, embedding look-up left out, head counted
-    whether tied or not): 2 operations forward, 4 backward. Attention adds, in each of L layers of
+    N is every parameter that multiplies a token (norms and idle experts left out, embedding look-up
+    left out, head counted whether tied or not): 2 operations forward, 4 backward. Attention adds, in each of L layers of
     query width Q, 2 x 2 x Q x S forward for scores and mixing over S keys, three times that with
     the backward pass, and half of it since a causal query sees S / 2 keys on average.
 
     Source: Kaplan et al. 2020, arXiv:2001.08361, section 2.1; Chowdhery et al. 2022,
     arXiv:2204.02311, appendix B.
     """
-    _, outside = count_parameters(config)
-    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
-    multiplying = outside - norms + head
+    layers, table = config.num_hidden_layers, config.vocab_size * config.hidden_size
+    norms = (2 * layers + 1) * config.hidden_size + 2 * layers * config.head_dim * config.qk_norm
+    look_up = 0 if config.tie_word_embeddings else table
+    multiplying = count_active_parameters(config) - norms - look_up
     query = config.num_attention_heads * config.head_dim
     return 6.0 * multiplying + 6.0 * config.num_hidden_layers * query * sequence_length

@@ -27,7 +27,7 @@ def make_pretraining(config: Config, prepared: PreparedData) -> Objective:
     if config.data.paths == ("toy",) and not config.data.validation_paths:
         floor = floor_of_rows(validation, prepared.tokenizer)
     return Objective(
-        loss_sum=next_token_loss,
+        loss_sums=next_token_loss,
         loss_weight=count_targets,
         train_batch=lambda number: as_arrays(train.batch(number)),
         evaluation_batches=lambda: map(as_arrays, validation),
@@ -42,15 +42,32 @@ def as_arrays(batch: Batch) -> HostBatch:
 
 def next_token_loss(
     model: Any, batch: dict[str, Array], dropout_key: PRNGKeyArray | None
-) -> Float[Array, ""]:
-    """Sum the cross-entropy of every target of a batch, in nats."""
-    logits = model(
-        batch["tokens"],
-        batch.get("positions"),
-        batch.get("segment_ids"),
-        dropout_key=dropout_key,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Sum the cross-entropy of every target of a batch, in nats, and what its routers add.
+
+    Returns:
+        What is minimised, and what is told: `loss` is the cross-entropy alone. With experts,
+        `router_balance_loss` and `router_z_loss` are means over layers, without their weights in
+        the sum; `expert_load` is each expert's share of its layer's choices.
+    """
+    hidden = model.hidden(
+        batch["tokens"], batch.get("positions"), batch.get("segment_ids"), dropout_key=dropout_key
     )
-    return cross_entropy_sum(logits, batch["targets"], batch["loss_mask"])
+    logits = model.logits(hidden.states)
+    loss = cross_entropy_sum(logits, batch["targets"], batch["loss_mask"])
+    if hidden.routing is None:
+        return loss, {"loss": loss}
+    # A pass counts by its targets, so that the passes of a step average.
+    config, routing, targets = model.config, hidden.routing, count_targets(batch)
+    added = config.router_aux_loss_coef * jnp.sum(routing.balance_loss)
+    added = added + config.router_z_loss_coef * jnp.sum(routing.z_loss)
+    told = {
+        "loss": loss,
+        "router_balance_loss": targets * jnp.mean(routing.balance_loss),
+        "router_z_loss": targets * jnp.mean(routing.z_loss),
+        "expert_load": targets * routing.load,
+    }
+    return loss + targets * added, told
 
 
 def count_targets(batch: dict[str, Array]) -> Float[Array, ""]:

@@ -22,7 +22,7 @@ from tinyllm_jax.training.progress import Progress
 from tinyllm_jax.training.report import write_report
 from tinyllm_jax.training.signals import stop_on_signals
 from tinyllm_jax.training.step import (
-    LossSum,
+    LossSums,
     LossWeight,
     TrainState,
     make_evaluation_step,
@@ -40,7 +40,7 @@ PREFETCH_DEPTH = 2
 class Objective:
     """What a run learns: its batches and its loss."""
 
-    loss_sum: LossSum
+    loss_sums: LossSums
     loss_weight: LossWeight
     train_batch: Callable[[int], HostBatch]  # batch number, from 0; a pure function
     evaluation_batches: Callable[[], Iterable[HostBatch]]  # always the same
@@ -67,11 +67,16 @@ class Outcome:
 
 def evaluate(
     evaluation_step: Callable[..., Any], weights: Weights, batches: Iterable[HostBatch]
-) -> float:
-    """Average the loss over all targets of the batches, in nats per target."""
-    sums = jax.device_get([evaluation_step(weights, batch) for batch in batches])
-    losses, targets = np.asarray(sums, np.float64).sum(axis=0)
-    return float(losses / targets)
+) -> dict[str, Any]:
+    """Average what is told of each batch over all their targets; `loss` is in nats per target."""
+    found = jax.device_get([evaluation_step(weights, batch) for batch in batches])
+    sums, targets = zip(*found, strict=True)
+    return {
+        name: (
+            np.sum([each[name] for each in sums], axis=0, dtype=np.float64) / sum(targets)
+        ).tolist()
+        for name in sums[0]
+    }
 
 
 def fit(
@@ -100,11 +105,11 @@ def fit(
         sample: Writes a continuation with the weights, at each evaluation.
     """
     train_step = jax.jit(
-        make_train_step(config, structure, objective.loss_sum, objective.loss_weight),
+        make_train_step(config, structure, objective.loss_sums, objective.loss_weight),
         donate_argnums=0,
     )
     evaluation_step = jax.jit(
-        make_evaluation_step(structure, objective.loss_sum, objective.loss_weight)
+        make_evaluation_step(structure, objective.loss_sums, objective.loss_weight)
     )
     settings, first_step = config.train, int(state.step)
     nonfinite = ""
@@ -125,11 +130,12 @@ def fit(
         def look(step: int) -> bool:
             """Evaluate and sample; tell whether the loss is the lowest so far."""
             nonlocal best
-            loss = evaluate(evaluation_step, state.weights, objective.evaluation_batches())
+            means = evaluate(evaluation_step, state.weights, objective.evaluation_batches())
+            loss = means["loss"]
             described, text = objective.describe_loss(loss), sample(state.weights)
             metrics.write(
                 [
-                    {"kind": "eval", "step": step, "loss": loss, **described},
+                    {"kind": "eval", "step": step, **means, **described},
                     {"kind": "sample", "step": step, "text": text},
                 ]
             )

@@ -66,6 +66,8 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> Any:
     """Write NaN and infinities as text: JSON has no such numbers, and null would hide which."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

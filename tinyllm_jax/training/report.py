@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tinyllm_jax.data.files import write_file
 from tinyllm_jax.settings import flatten
@@ -46,7 +48,8 @@ def write_report(folder: Path) -> None:
     title = f"{folder.name}: step {max((row['step'] for row in rows), default=0)}"
     body = [
         f"<p>{summarise(rows)}</p>",
-        plot_svg(rows),
+        plot_svg(draw_losses(rows)),
+        *expert_section(rows),
         "<h2>What it writes</h2>",
         *(
             f"<p>Step {row['step']}</p><blockquote>{html.escape(row['text'])}</blockquote>"
@@ -83,13 +86,25 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> str:
     return text
 
 
-def plot_svg(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Draw the loss curve as SVG text."""
+def expert_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Show how evenly experts are loaded, where the model has any."""
+    loads = [row for row in rows if row["kind"] == "eval" and "expert_load" in row]
+    if not loads:
+        return []
+    text = (
+        "Shares of its layer's choices that an expert gets, on the validation set; 1 is an even "
+        f"share, {len(loads[-1]['expert_load'][0])} is all of them."
+    )
+    return ["<h2>Experts</h2>", f"<p>{text}</p>", plot_svg(draw_experts(loads))]
+
+
+def plot_svg(figure: Figure) -> str:
+    """Draw a figure as SVG text."""
     # Text stays text: it can be selected, and the page's font draws it.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "tinyllm"}):
         file = io.StringIO()
         metadata = dict.fromkeys(["Creator", "Date", "Format", "Type"])
-        draw_losses(rows).savefig(file, format="svg", transparent=True, metadata=metadata)
+        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
     drawing = file.getvalue()
     return drawing[drawing.index("<svg") :]
 
@@ -117,12 +132,53 @@ def draw_losses(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.legend(frameon=False, labelcolor=INK)
+    dress(axes)
+    return figure
+
+
+def draw_experts(looks: Sequence[Mapping[str, Any]]) -> Figure:
+    """Plot the busiest expert of every layer against steps, and the newest load of each expert."""
+    # A load that was no number is not drawn.
+    finite = [row for row in looks if is_number(row["loss"])]
+    steps = [row["step"] for row in finite]
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    if not finite:
+        return figure
+    shares = np.array([row["expert_load"] for row in finite])
+    shares *= shares.shape[-1]
+    over_time, newest = figure.subplots(1, 2)
+    layers = shares.shape[1]
+    colors = colormaps["viridis"](np.linspace(0.2, 0.9, layers))
+    for layer in range(layers):
+        busiest = shares[:, layer].max(axis=-1)
+        over_time.plot(steps, busiest, "o-", markersize=3, color=colors[layer], label=f"{layer}")
+    over_time.axhline(1.0, color=FLOOR, linestyle="--")
+    over_time.set_xlabel("step")
+    over_time.set_ylabel("share of the busiest expert")
+    if layers <= 12:
+        over_time.legend(
+            title="layer", frameon=False, labelcolor=INK, ncols=2, fontsize=7
+        ).get_title().set_color(INK)
+    image = newest.imshow(shares[-1], aspect="auto", cmap="viridis", vmin=0.0)
+    newest.set_xlabel(f"expert, at step {steps[-1]}")
+    newest.set_ylabel("layer")
+    for axis in (newest.xaxis, newest.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    bar = figure.colorbar(image, ax=newest)
+    bar.ax.tick_params(colors=INK)
+    bar.outline.set_edgecolor(INK)
+    for axes in (over_time, newest):
+        dress(axes)
+    return figure
+
+
+def dress(axes: Axes) -> None:
+    """Give axes the colours of the page."""
     axes.tick_params(colors=INK, which="both")
     axes.xaxis.label.set_color(INK)
     axes.yaxis.label.set_color(INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(INK)
-    return figure
 
 
 def is_number(loss: float | str) -> bool:

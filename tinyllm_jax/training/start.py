@@ -15,11 +15,11 @@ from tinyllm_jax.data.files import free_name, write_file
 from tinyllm_jax.data.prepare import PreparedData
 from tinyllm_jax.data.tokenizer import check_tokenizer_hash
 from tinyllm_jax.errors import InputError
-from tinyllm_jax.model.transformer import parameter_dtype
+from tinyllm_jax.model.layers import parameter_dtype
 from tinyllm_jax.model.weights import Weights, initial_weights
 from tinyllm_jax.settings import build, flatten
 from tinyllm_jax.training.checkpoint import Checkpoint, open_checkpoint
-from tinyllm_jax.training.optim import Moments, write_moments
+from tinyllm_jax.training.optim import Moments, has_second_moment, write_moments
 from tinyllm_jax.training.step import TrainState, new_state
 from tinyllm_jax.training.step_folders import damage, mark_best, step_folders
 
@@ -185,6 +185,7 @@ def check_resume(checkpoint: Checkpoint, config: Config, folder: Path) -> None:
             f"{checkpoint.folder}: holds weights only, no optimizer state to go on with. Start a "
             "new run from them with --init-from."
         )
+    check_moments(checkpoint, config)
     if not is_run_of(checkpoint, folder):
         return
     later = [path for step, path in step_folders(folder) if step > checkpoint.step]
@@ -194,6 +195,23 @@ def check_resume(checkpoint: Checkpoint, config: Config, folder: Path) -> None:
             f"{checkpoint.folder}: {good[-1]} is newer, and going on from here in the same folder "
             f"would overwrite it. Use --resume {shlex.quote(str(folder))} to go on from the newest, or add --out "
             "NEW to branch off."
+        )
+
+
+def check_moments(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse moments of another optimizer than the one that goes on."""
+    before, now = checkpoint.config.optimizer.name, config.optimizer.name
+    if before != now:
+        raise InputError(
+            f"{checkpoint.folder}: holds moments of optimizer.name={before}, and this run has {now}. "
+            f"Use --optimizer.name {before}, or start a new run from its weights with --init-from."
+        )
+    wanted = {name for name in checkpoint.weights if has_second_moment(name, config)}
+    moments = checkpoint.moments
+    if moments.first.keys() != checkpoint.weights.keys() or moments.second.keys() != wanted:
+        raise InputError(
+            f"{checkpoint.folder}: its moments are not those of optimizer.name={now}. Start a new "
+            "run from its weights with --init-from."
         )
 
 

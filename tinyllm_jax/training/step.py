@@ -14,9 +14,12 @@ from tinyllm_jax.model.weights import Weights, merge_weights
 from tinyllm_jax.training.optim import learning_rate_schedule, make_optimizer, read_moments
 
 DeviceBatch = dict[str, Array]
-# Sum of the losses of a batch's rows, given the model; the key turns dropout on.
-LossSum = Callable[[Any, DeviceBatch, PRNGKeyArray | None], Float[Array, ""]]
-# How many targets that sum is over.
+# What is minimised and what is told of it ("loss" and more), each summed over a batch's targets, given
+# the model; the key turns dropout on.
+LossSums = Callable[
+    [Any, DeviceBatch, PRNGKeyArray | None], tuple[Float[Array, ""], dict[str, Array]]
+]
+# How many targets those sums are over.
 LossWeight = Callable[[DeviceBatch], Float[Array, ""]]
 
 
@@ -40,9 +43,9 @@ def new_state(config: Config, weights: Weights) -> TrainState:
 
 
 def make_train_step(
-    config: Config, structure: nnx.GraphDef, loss_sum: LossSum, loss_weight: LossWeight
+    config: Config, structure: nnx.GraphDef, loss_sums: LossSums, loss_weight: LossWeight
 ) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, dict[str, Array]]]:
-    """Build the step: gradients over all passes, clip, AdamW, unless a number is not finite.
+    """Build the step: gradients over all passes, clip, update, unless a number is not finite.
 
     With gradient accumulation the batch is cut into passes. Each pass divides its loss sum by the
     targets of the whole batch, so the gradients add up to those of the exact mean over targets,
@@ -55,15 +58,16 @@ def make_train_step(
 
     def pass_loss(
         weights: Weights, batch: DeviceBatch, key: PRNGKeyArray, total: Float[Array, ""]
-    ) -> Float[Array, ""]:
-        return loss_sum(merge_weights(structure, weights), batch, key) / total
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        sums = loss_sums(merge_weights(structure, weights), batch, key)
+        return jax.tree.map(lambda x: x / total, sums)
 
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         total = jnp.maximum(loss_weight(batch), 1.0)
-        gradient_of = jax.value_and_grad(pass_loss)
+        gradient_of = jax.value_and_grad(pass_loss, has_aux=True)
         if passes == 1:
-            loss, gradients = gradient_of(state.weights, batch, key, total)
+            (minimised, means), gradients = gradient_of(state.weights, batch, key, total)
         else:
 
             def add_pass(sums: Any, inputs: Any) -> tuple[Any, None]:
@@ -78,10 +82,10 @@ def make_train_step(
             )
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zeros)
             keys = jax.random.split(key, passes)
-            (loss, gradients), _ = jax.lax.scan(add_pass, zeros, (pieces, keys))
+            ((minimised, means), gradients), _ = jax.lax.scan(add_pass, zeros, (pieces, keys))
 
         gradient_norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        finite = jnp.isfinite(minimised) & jnp.isfinite(gradient_norm)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.weights)
         weights = optax.apply_updates(state.weights, updates)
         weights, optimizer_state = jax.tree.map(
@@ -96,7 +100,7 @@ def make_train_step(
             nonfinite_streak=jnp.where(finite, 0, state.nonfinite_streak + 1),
         )
         metrics = {
-            "loss": loss,
+            **means,
             "grad_norm": gradient_norm,
             "learning_rate": schedule(read_moments(state.optimizer_state).count + 1),
             "targets": total,
@@ -108,13 +112,14 @@ def make_train_step(
 
 
 def make_evaluation_step(
-    structure: nnx.GraphDef, loss_sum: LossSum, loss_weight: LossWeight
-) -> Callable[[Weights, DeviceBatch], tuple[Float[Array, ""], Float[Array, ""]]]:
-    """Build the function that gives a batch's loss sum and how many targets it is over."""
+    structure: nnx.GraphDef, loss_sums: LossSums, loss_weight: LossWeight
+) -> Callable[[Weights, DeviceBatch], tuple[dict[str, Array], Float[Array, ""]]]:
+    """Build the function that gives what is told of a batch and how many targets it sums over."""
 
     def evaluation_step(
         weights: Weights, batch: DeviceBatch
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        return loss_sum(merge_weights(structure, weights), batch, None), loss_weight(batch)
+    ) -> tuple[dict[str, Array], Float[Array, ""]]:
+        _, sums = loss_sums(merge_weights(structure, weights), batch, None)
+        return sums, loss_weight(batch)
 
     return evaluation_step

@@ -19,7 +19,8 @@ from tinyllm_jax.config import ModelConfig, SamplingConfig
 from tinyllm_jax.errors import InputError
 from tinyllm_torch.inference.sampling import RowSettings, next_tokens
 from tinyllm_torch.model.kv_cache import LayerCache, empty_cache
-from tinyllm_torch.model.transformer import Transformer, compute_dtype
+from tinyllm_torch.model.layers import compute_dtype
+from tinyllm_torch.model.transformer import Transformer
 from tinyllm_torch.model.weights import merge_weights, model_structure
 
 
@@ -42,10 +43,13 @@ class Generator:
 
     Args:
         config: Shape and arithmetic of the model that the weights belong to.
+        tokens: Ids from here on are never picked: an embedding may have more rows than its
+            tokenizer has tokens. None picks of all.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, *, tokens: int | None = None):
         self.config = config
+        self._known = tokens or config.vocab_size
         self._structure, _ = model_structure(config)
 
     @torch.no_grad()
@@ -170,6 +174,7 @@ class Generator:
             row_settings(sampling, rows=rows, device=device),
             slots=int((np.repeat(lengths, samples) + budgets).max()),
             samples=samples,
+            known=self._known,
         )
         texts_found = zip(found.tolist(), counts.tolist(), met_eos.tolist(), strict=True)
         return [(row[:count], is_eos) for row, count, is_eos in texts_found]
@@ -205,7 +210,7 @@ def read_prompts(
         config, batch=prompts, slots=slots, dtype=compute_dtype(config), device=tokens.device
     )
     positions = torch.arange(width, device=tokens.device)[None].expand(tokens.shape)
-    _, cache = model.hidden(tokens, positions, cache=cache)
+    cache = model.hidden(tokens, positions, cache=cache).cache
     assert cache is not None
     return cache
 
@@ -222,6 +227,7 @@ def _continue_rows(
     *,
     slots: int,
     samples: int,
+    known: int,
 ) -> tuple[Int[Tensor, "rows slots"], Int[Tensor, "rows"], Bool[Tensor, "rows"]]:
     """Read prompts once, then draw until each row has met eos or its budget of new tokens."""
     cache = tuple(
@@ -238,9 +244,11 @@ def _continue_rows(
         # At step 0 this reads the last token of the prompt once more. A row that is done goes on
         # beside the others, in its last slot, and what it finds is not counted.
         positions = (lengths - 1 + step).clamp(max=slots - 1)[:, None]
-        hidden, _ = model.hidden(token[:, None], positions, cache=cache)
+        states = model.hidden(token[:, None], positions, cache=cache).states
+        logits = model.logits(states)[:, 0]
+        logits[:, known:] = -torch.inf
         token = next_tokens(
-            model.logits(hidden)[:, 0],
+            logits,
             present=present,
             settings=settings,
             token_number=token_numbers + step,

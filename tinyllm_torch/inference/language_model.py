@@ -38,7 +38,7 @@ class LanguageModel:
         self.config = config
         self.tokenizer = tokenizer
         self.weights = as_tensors(weights, config, device=default_device())
-        self._generator = Generator(config)
+        self._generator = Generator(config, tokens=tokenizer.vocab_size)
         structure, _ = model_structure(config)
         self.model = merge_weights(structure, self.weights)
 

@@ -1,102 +1,44 @@
-"""LLaMA-style decoder: RMSNorm, rotary attention, SwiGLU, tied or untied head.
+"""LLaMA-style decoder: RMSNorm, rotary attention, SwiGLU or experts, tied or untied head.
 
 Weights have Hugging Face's names; a matrix is `weight` with shape [out, in], the transpose of
 `tinyllm_jax`'s `kernel`, and everything else has the same name and shape there.
 
-Letters: r row (one token of the batch), e input width, f output width, v vocabulary.
+Letters: r row (one token of the batch), e input width, v vocabulary.
 
-Source: Touvron et al. 2023, arXiv:2302.13971; RMSNorm: Zhang and Sennrich 2019, arXiv:1910.07467;
-SwiGLU: Shazeer 2020, arXiv:2002.05202; names: transformers, models/llama/modeling_llama.py.
+Source: Touvron et al. 2023, arXiv:2302.13971; norms of queries and keys: Henry et al. 2020,
+arXiv:2010.04245, in the form of transformers, models/qwen3/modeling_qwen3.py; names: transformers,
+models/llama/modeling_llama.py.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import embedding, silu
 
 from tinyllm_jax.config import ModelConfig
 from tinyllm_torch.model.attention import attention, segment_mask
 from tinyllm_torch.model.dropout import dropout
 from tinyllm_torch.model.kv_cache import LayerCache, visible_slots, write
+from tinyllm_torch.model.layers import (
+    MLP,
+    Embedding,
+    Linear,
+    RMSNorm,
+    compute_dtype,
+    parameter_dtype,
+)
+from tinyllm_torch.model.moe import MoE, Routing
 from tinyllm_torch.model.rope import rope_tables, rotate
 
 
-def compute_dtype(config: ModelConfig) -> torch.dtype:
-    """Name the type of activations; `auto` is bfloat16 on a GPU, float32 on CPU."""
-    if config.compute_dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return getattr(torch, config.compute_dtype)
+class Hidden(NamedTuple):
+    """What the blocks make of tokens."""
 
-
-def parameter_dtype(config: ModelConfig) -> torch.dtype:
-    """Name the type of weights: float32, or float64 where the model computes in float64."""
-    return torch.promote_types(compute_dtype(config), torch.float32)
-
-
-class Linear(nn.Module):
-    """Matrix product without bias."""
-
-    def __init__(
-        self,
-        in_size: int,
-        out_size: int,
-        *,
-        std: float,
-        dtype: torch.dtype,
-        generator: torch.Generator | None,
-    ):
-        super().__init__()
-        noise = torch.randn(out_size, in_size, dtype=dtype, generator=generator)
-        self.weight = nn.Parameter(std * noise)
-
-    def forward(self, x: Float[Tensor, "batch seq in"]) -> Float[Tensor, "batch seq out"]:
-        kernel = self.weight.T.to(x.dtype)
-        rows = x.reshape(-1, x.shape[-1])
-        out = torch.einsum("re,ef->rf", rows, kernel)
-        return out.reshape(*x.shape[:-1], -1)
-
-
-class Embedding(nn.Module):
-    """Table of one vector for each token."""
-
-    def __init__(
-        self,
-        rows: int,
-        size: int,
-        *,
-        std: float,
-        dtype: torch.dtype,
-        generator: torch.Generator | None,
-    ):
-        super().__init__()
-        self.weight = nn.Parameter(std * torch.randn(rows, size, dtype=dtype, generator=generator))
-
-    def forward(
-        self, tokens: Int[Tensor, "batch seq"], *, dtype: torch.dtype
-    ) -> Float[Tensor, "batch seq hidden"]:
-        # Cast after the look-up: the gradient of a frequent token is a sum of thousands, which
-        # bfloat16 cannot hold.
-        return embedding(tokens, self.weight).to(dtype)
-
-
-class RMSNorm(nn.Module):
-    """Scale each vector to unit root mean square, then by a learnt weight."""
-
-    def __init__(self, size: int, *, eps: float, dtype: torch.dtype):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size, dtype=dtype))
-        self.eps = eps
-
-    def forward(self, x: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq hidden"]:
-        """Normalise at least in float32; the weight is applied in the type of `x`."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean_square = torch.mean(torch.square(wide), dim=-1, keepdim=True)
-        normed = wide * torch.rsqrt(mean_square + self.eps)
-        # Both are rounded to the type of `x` and then widened: the product is the same, and the
-        # gradient of the weight, a sum over all rows, is not summed in bfloat16.
-        factors = [normed, self.weight[None, None, :]]
-        normed, weight = (factor.to(x.dtype).to(wide.dtype) for factor in factors)
-        return (normed * weight).to(x.dtype)
+    states: Float[Tensor, "batch seq hidden"]
+    cache: tuple[LayerCache, ...] | None
+    routing: Routing | None  # of all blocks; None without experts
 
 
 class Attention(nn.Module):
@@ -112,6 +54,9 @@ class Attention(nn.Module):
         self.k_proj = Linear(hidden, kv_size, std=std, dtype=dtype, generator=generator)
         self.v_proj = Linear(hidden, kv_size, std=std, dtype=dtype, generator=generator)
         self.o_proj = Linear(query_size, hidden, std=residual_std, dtype=dtype, generator=generator)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
         self.config = config
 
     def forward(
@@ -129,6 +74,8 @@ class Attention(nn.Module):
         query = self.q_proj(x).reshape(batch, seq, config.num_attention_heads, config.head_dim)
         key = self.k_proj(x).reshape(batch, seq, config.num_key_value_heads, config.head_dim)
         value = self.v_proj(x).reshape(batch, seq, config.num_key_value_heads, config.head_dim)
+        if config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rope), rotate(key, *rope)
         if cache is not None:
             cache = write(cache, key, value, positions)
@@ -145,32 +92,8 @@ class Attention(nn.Module):
         return self.o_proj(mixed.reshape(batch, seq, -1)), cache
 
 
-class MLP(nn.Module):
-    """SwiGLU feed-forward layer."""
-
-    def __init__(self, config: ModelConfig, *, generator: torch.Generator | None):
-        super().__init__()
-        hidden, inner, dtype = (
-            config.hidden_size,
-            config.intermediate_size,
-            parameter_dtype(config),
-        )
-        std = config.initializer_range
-        residual_std = std / (2 * config.num_hidden_layers) ** 0.5
-        self.gate_proj = Linear(hidden, inner, std=std, dtype=dtype, generator=generator)
-        self.up_proj = Linear(hidden, inner, std=std, dtype=dtype, generator=generator)
-        self.down_proj = Linear(inner, hidden, std=residual_std, dtype=dtype, generator=generator)
-        self.dropout_rate = config.mlp_dropout
-
-    def forward(
-        self, x: Float[Tensor, "batch seq hidden"], *, generator: torch.Generator | None
-    ) -> Float[Tensor, "batch seq hidden"]:
-        inner = silu(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(dropout(inner, rate=self.dropout_rate, generator=generator))
-
-
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP or experts, each behind a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, *, generator: torch.Generator | None):
         super().__init__()
@@ -178,7 +101,10 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(hidden, eps=eps, dtype=dtype)
         self.self_attn = Attention(config, generator=generator)
         self.post_attention_layernorm = RMSNorm(hidden, eps=eps, dtype=dtype)
-        self.mlp = MLP(config, generator=generator)
+        if config.num_experts > 0:
+            self.mlp = MoE(config, generator=generator)
+        else:
+            self.mlp = MLP(config, inner=config.intermediate_size, generator=generator)
         self.residual_dropout = config.residual_dropout
 
     def forward(
@@ -189,8 +115,9 @@ class DecoderLayer(nn.Module):
         *,
         cache: LayerCache | None,
         positions: Int[Tensor, "batch seq"],
+        counted: Bool[Tensor, "batch seq"],
         generator: torch.Generator | None,
-    ) -> tuple[Float[Tensor, "batch seq hidden"], LayerCache | None]:
+    ) -> tuple[Float[Tensor, "batch seq hidden"], LayerCache | None, Routing | None]:
         attended, cache = self.self_attn(
             self.input_layernorm(x),
             rope,
@@ -200,8 +127,12 @@ class DecoderLayer(nn.Module):
             generator=generator,
         )
         x = x + dropout(attended, rate=self.residual_dropout, generator=generator)
-        fed = self.mlp(self.post_attention_layernorm(x), generator=generator)
-        return x + dropout(fed, rate=self.residual_dropout, generator=generator), cache
+        normed, routing = self.post_attention_layernorm(x), None
+        if isinstance(self.mlp, MoE):
+            fed, routing = self.mlp(normed, counted, generator=generator)
+        else:
+            fed = self.mlp(normed, generator=generator)
+        return x + dropout(fed, rate=self.residual_dropout, generator=generator), cache, routing
 
 
 class Transformer(nn.Module):
@@ -245,8 +176,8 @@ class Transformer(nn.Module):
                 another document. None is plain causal attention.
             generator: Turns dropout on.
         """
-        hidden, _ = self.hidden(tokens, positions, segment_ids, generator=generator)
-        return self.logits(hidden)
+        hidden = self.hidden(tokens, positions, segment_ids, generator=generator)
+        return self.logits(hidden.states)
 
     def hidden(
         self,
@@ -256,7 +187,7 @@ class Transformer(nn.Module):
         *,
         cache: tuple[LayerCache, ...] | None = None,
         generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "batch seq hidden"], tuple[LayerCache, ...] | None]:
+    ) -> Hidden:
         """Compute the final hidden states, and the cache with these tokens written into it.
 
         With a cache, `positions` say in which slots the tokens stand and each token sees all slots
@@ -266,28 +197,53 @@ class Transformer(nn.Module):
         if positions is None:
             every_place = torch.arange(tokens.shape[1], device=tokens.device)
             positions = every_place[None].expand(tokens.shape)
-        mask = None
+        mask, counted = None, torch.ones_like(tokens, dtype=torch.bool)
         if cache is not None:
             mask = visible_slots(positions, slots=cache[0].keys.shape[1])
         elif segment_ids is not None:
-            mask = segment_mask(segment_ids)
-        rope = rope_tables(
-            positions, head_dim=config.head_dim, theta=config.rope_theta, dtype=dtype
-        )
+            mask, counted = segment_mask(segment_ids), segment_ids > 0
+        rope = rope_tables(positions, config, dtype=dtype)
         x = self.embed_tokens(tokens, dtype=dtype)
         x = dropout(x, rate=config.embedding_dropout, generator=generator)
-        new_cache = []
-        for index, layer in enumerate(self.layers):
-            x, layer_cache = layer(
+
+        def block(
+            layer: nn.Module, x: Tensor, layer_cache: LayerCache | None
+        ) -> tuple[Tensor, LayerCache | None, Routing | None]:
+            return layer(
                 x,
                 rope,
                 mask,
-                cache=None if cache is None else cache[index],
+                cache=layer_cache,
                 positions=positions,
+                counted=counted,
                 generator=generator,
             )
-            new_cache.append(layer_cache)
-        return self.norm(x), None if cache is None else tuple(new_cache)
+
+        x, caches, routing = self.run_blocks(block, x, cache)
+        return Hidden(self.norm(x), None if cache is None else caches, routing)
+
+    def run_blocks(
+        self,
+        block: Callable[..., tuple[Tensor, LayerCache | None, Routing | None]],
+        x: Float[Tensor, "batch seq hidden"],
+        cache: tuple[LayerCache, ...] | None,
+    ) -> tuple[Float[Tensor, "batch seq hidden"], tuple[Any, ...], Routing | None]:
+        """Run all blocks one after another.
+
+        Neither `scan_layers` nor `activation_checkpointing` changes a number, so the twin has only
+        the plain form.
+
+        Args:
+            block: Runs one: (layer, x, its cache) -> (x, cache, routing).
+        """
+        caches, routings = [], []
+        for index, layer in enumerate(self.layers):
+            x, layer_cache, routing = block(layer, x, None if cache is None else cache[index])
+            caches.append(layer_cache)
+            routings.append(routing)
+        if self.config.num_experts == 0:
+            return x, tuple(caches), None
+        return x, tuple(caches), Routing(*map(torch.stack, zip(*routings, strict=True)))
 
     def logits(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq vocab"]:
         """Score every token of the vocabulary, summing in float32 (float64 stays float64)."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from tinyllm_jax.config import Config
 from tinyllm_jax.data.batches import prefetch
@@ -22,7 +23,7 @@ from tinyllm_torch.model.transformer import Transformer
 from tinyllm_torch.model.weights import Weights
 from tinyllm_torch.training.checkpoint import save_checkpoint
 from tinyllm_torch.training.step import (
-    LossSum,
+    LossSums,
     LossWeight,
     TrainState,
     make_evaluation_step,
@@ -39,7 +40,7 @@ PREFETCH_DEPTH = 2
 class Objective:
     """What a run learns: its batches and its loss."""
 
-    loss_sum: LossSum
+    loss_sums: LossSums
     loss_weight: LossWeight
     train_batch: Callable[[int], HostBatch]  # batch number, from 0; a pure function
     evaluation_batches: Callable[[], Iterable[HostBatch]]  # always the same
@@ -66,11 +67,14 @@ class Outcome:
 
 def evaluate(
     evaluation_step: Callable[..., Any], weights: Weights, batches: Iterable[HostBatch]
-) -> float:
-    """Average the loss over all targets of the batches, in nats per target."""
-    sums = [[float(x) for x in evaluation_step(weights, batch)] for batch in batches]
-    losses, targets = np.asarray(sums, np.float64).sum(axis=0)
-    return float(losses / targets)
+) -> dict[str, Any]:
+    """Average what is told of each batch over all their targets; `loss` is in nats per target."""
+    found = [evaluation_step(weights, batch) for batch in batches]
+    sums, targets = zip(*found, strict=True)
+    return {
+        name: (torch.stack([each[name] for each in sums]).double().sum(0) / sum(targets)).tolist()
+        for name in sums[0]
+    }
 
 
 def fit(
@@ -98,8 +102,8 @@ def fit(
         best: Lowest validation loss so far, from the checkpoint.
         sample: Writes a continuation with the weights, at each evaluation.
     """
-    train_step = make_train_step(config, structure, objective.loss_sum, objective.loss_weight)
-    evaluation_step = make_evaluation_step(structure, objective.loss_sum, objective.loss_weight)
+    train_step = make_train_step(config, structure, objective.loss_sums, objective.loss_weight)
+    evaluation_step = make_evaluation_step(structure, objective.loss_sums, objective.loss_weight)
     settings, first_step = config.train, state.step
     nonfinite = ""
     with (
@@ -119,11 +123,12 @@ def fit(
         def look(step: int) -> bool:
             """Evaluate and sample; tell whether the loss is the lowest so far."""
             nonlocal best
-            loss = evaluate(evaluation_step, state.weights, objective.evaluation_batches())
+            means = evaluate(evaluation_step, state.weights, objective.evaluation_batches())
+            loss = means["loss"]
             described, text = objective.describe_loss(loss), sample(state.weights)
             metrics.write(
                 [
-                    {"kind": "eval", "step": step, "loss": loss, **described},
+                    {"kind": "eval", "step": step, **means, **described},
                     {"kind": "sample", "step": step, "text": text},
                 ]
             )

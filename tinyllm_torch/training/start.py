@@ -19,7 +19,7 @@ from tinyllm_jax.training.step_folders import step_folders
 from tinyllm_torch.model.weights import as_tensors, initial_weights
 from tinyllm_torch.training.checkpoint import Checkpoint, open_checkpoint
 from tinyllm_torch.training.devices import default_device
-from tinyllm_torch.training.optim import Moments
+from tinyllm_torch.training.optim import Moments, has_second_moment
 from tinyllm_torch.training.step import TrainState, new_state
 
 DEFAULT_PRESET = "tiny"
@@ -149,6 +149,7 @@ def check_resume(checkpoint: Checkpoint, config: Config, folder: Path) -> None:
             f"{checkpoint.folder}: holds weights and no optimizer moments to go on with. Start a "
             "new run from them with --init-from."
         )
+    check_moments(checkpoint, config)
     if config.tokenizer.retrain:
         raise InputError(
             f"{checkpoint.folder}: --retrain-tokenizer would change what its ids mean. Leave it "
@@ -160,6 +161,23 @@ def check_resume(checkpoint: Checkpoint, config: Config, folder: Path) -> None:
             f"{checkpoint.folder}: {later[-1]} is newer, and going on from here in the same folder "
             f"would overwrite it. Use --resume {folder} to go on from the newest, add --out NEW to "
             "branch off, or remove it if it is damaged."
+        )
+
+
+def check_moments(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse moments of another optimizer than the one that goes on."""
+    before, now = checkpoint.config.optimizer.name, config.optimizer.name
+    if before != now:
+        raise InputError(
+            f"{checkpoint.folder}: holds moments of optimizer.name={before}, and this run has {now}. "
+            f"Use --optimizer.name {before}, or start a new run from its weights with --init-from."
+        )
+    wanted = {name for name in checkpoint.weights if has_second_moment(name, config)}
+    moments = checkpoint.moments
+    if moments.first.keys() != checkpoint.weights.keys() or moments.second.keys() != wanted:
+        raise InputError(
+            f"{checkpoint.folder}: its moments are not those of optimizer.name={now}. Start a new "
+            "run from its weights with --init-from."
         )
 
 

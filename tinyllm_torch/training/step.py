@@ -20,9 +20,12 @@ from tinyllm_torch.training.optim import (
 )
 
 DeviceBatch = dict[str, Tensor]
-# Sum of the losses of a batch's rows, given the model; the generator turns dropout on.
-LossSum = Callable[[Any, DeviceBatch, torch.Generator | None], Float[Tensor, ""]]
-# How many targets that sum is over.
+# What is minimised and what is told of it ("loss" and more), each summed over a batch's targets, given
+# the model; the generator turns dropout on.
+LossSums = Callable[
+    [Any, DeviceBatch, torch.Generator | None], tuple[Float[Tensor, ""], dict[str, Tensor]]
+]
+# How many targets those sums are over.
 LossWeight = Callable[[DeviceBatch], Float[Tensor, ""]]
 
 
@@ -46,9 +49,9 @@ def new_state(config: Config, weights: Weights) -> TrainState:
 
 
 def make_train_step(
-    config: Config, structure: Transformer, loss_sum: LossSum, loss_weight: LossWeight
+    config: Config, structure: Transformer, loss_sums: LossSums, loss_weight: LossWeight
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, Any]]]:
-    """Build the step: gradients over all passes, clip, AdamW, unless a number is not finite.
+    """Build the step: gradients over all passes, clip, update, unless a number is not finite.
 
     With gradient accumulation the batch is cut into passes. Each pass divides its loss sum by the
     targets of the whole batch, so the gradients add up to those of the exact mean over targets,
@@ -64,8 +67,9 @@ def make_train_step(
         batch: DeviceBatch,
         generator: torch.Generator,
         total: Float[Tensor, ""],
-    ) -> Float[Tensor, ""]:
-        return loss_sum(model, batch, generator) / total
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        minimised, sums = loss_sums(model, batch, generator)
+        return minimised / total, {name: x.detach() / total for name, x in sums.items()}
 
     def train_step(
         state: TrainState, batch: Mapping[str, Any]
@@ -77,17 +81,19 @@ def make_train_step(
         model = merge_weights(structure, state.weights)
         names, parameters = zip(*model.named_parameters(), strict=True)
         pieces = {name: rows.reshape(passes, -1, *rows.shape[1:]) for name, rows in batch.items()}
-        loss, sums = torch.zeros((), device=device), [torch.zeros_like(p) for p in parameters]
+        minimised, means = torch.zeros((), device=device), {}
+        sums = [torch.zeros_like(p) for p in parameters]
         for index in range(passes):
             piece = {name: rows[index] for name, rows in pieces.items()}
-            one_loss = pass_loss(model, piece, generator, total)
+            one_loss, one_means = pass_loss(model, piece, generator, total)
             one_pass = torch.autograd.grad(one_loss, parameters)
-            loss = loss + one_loss.detach()
+            minimised = minimised + one_loss.detach()
+            means = {name: means.get(name, 0.0) + mean for name, mean in one_means.items()}
             sums = [so_far + new for so_far, new in zip(sums, one_pass, strict=True)]
         gradients = dict(zip(names, sums, strict=True))
 
         gradient_norm = global_norm(gradients)
-        finite = bool(torch.isfinite(loss) & torch.isfinite(gradient_norm))
+        finite = bool(torch.isfinite(minimised) & torch.isfinite(gradient_norm))
         weights, optimizer_state = state.weights, state.optimizer_state
         if finite:
             updates, optimizer_state = optimizer.update(gradients, optimizer_state, weights)
@@ -99,7 +105,7 @@ def make_train_step(
             nonfinite_streak=0 if finite else state.nonfinite_streak + 1,
         )
         metrics = {
-            "loss": loss,
+            **means,
             "grad_norm": gradient_norm,
             "learning_rate": schedule(state.optimizer_state.count + 1),
             "targets": total,
@@ -111,16 +117,17 @@ def make_train_step(
 
 
 def make_evaluation_step(
-    structure: Transformer, loss_sum: LossSum, loss_weight: LossWeight
-) -> Callable[[Weights, Mapping[str, Any]], tuple[Float[Tensor, ""], Float[Tensor, ""]]]:
-    """Build the function that gives a batch's loss sum and how many targets it is over."""
+    structure: Transformer, loss_sums: LossSums, loss_weight: LossWeight
+) -> Callable[[Weights, Mapping[str, Any]], tuple[dict[str, Tensor], Float[Tensor, ""]]]:
+    """Build the function that gives what is told of a batch and how many targets it sums over."""
 
     @torch.no_grad()
     def evaluation_step(
         weights: Weights, batch: Mapping[str, Any]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    ) -> tuple[dict[str, Tensor], Float[Tensor, ""]]:
         batch = as_device_batch(batch, device=next(iter(weights.values())).device)
-        return loss_sum(merge_weights(structure, weights), batch, None), loss_weight(batch)
+        _, sums = loss_sums(merge_weights(structure, weights), batch, None)
+        return sums, loss_weight(batch)
 
     return evaluation_step
 

@@ -73,8 +73,10 @@ class StepLog:
         self._finished_steps += len(ready)
         rows: list[dict[str, Any]] = []
         last: dict[str, Any] = {}
+        by_layer: dict[str, Any] = {}  # of the newest step; of all steps it would fill the file
         for step, numbers in ready:
-            plain = {name: float(value) for name, value in numbers.items()}
+            plain = {name: np.asarray(value).tolist() for name, value in numbers.items()}
+            by_layer = {name: plain.pop(name) for name in [*plain] if isinstance(plain[name], list)}
             streak = int(plain.pop("nonfinite_streak"))
             self.longest_streak = max(self.longest_streak, streak)
             is_skipped = streak > 0
@@ -82,6 +84,8 @@ class StepLog:
             rows.append(last)
             if is_skipped:
                 rows.append(self._keep_batch(step))
+        if by_layer:
+            rows.append({"kind": "layers", "step": last["step"], **by_layer})
         rows.append(self._speed(last))
         self._metrics.write(rows)
         self._last_write = time.perf_counter()

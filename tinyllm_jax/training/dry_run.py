@@ -1,0 +1,173 @@
+"""Memory and time of a run before it is run: what `train --dry-run` prints."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinyllm_jax.config import Config
+from tinyllm_jax.model.layers import compute_dtype
+from tinyllm_jax.model.weights import (
+    count_active_parameters,
+    count_parameters,
+    flops_per_token,
+    initial_weights,
+    model_structure,
+)
+from tinyllm_jax.objectives.pretrain import count_targets, next_token_loss
+from tinyllm_jax.training.devices import peak_flops
+from tinyllm_jax.training.step import make_train_step, new_state
+
+# The clock runs for at least two steps, and for more while they fit into this time.
+TIMING_SECONDS = 5.0
+GIGABYTE = 1e9
+
+
+class Compiled(NamedTuple):
+    """A train step, ready to run, and the memory that its compiler says it takes, in bytes."""
+
+    step: Any
+    state: int  # weights and moments, which stay
+    batch: int
+    working: int  # gradients, activations and whatever else lives only within a step
+
+    @property
+    def total(self) -> int:
+        """Give all that is held at once."""
+        return self.state + self.batch + self.working
+
+
+def dry_run(config: Config, *, say: Callable[[str], None]) -> int:
+    """Compile the train step, and time it on made-up rows if it fits.
+
+    Args:
+        config: All settings; no data is needed, nothing is read and nothing written.
+        say: Takes each line.
+
+    Returns:
+        The exit code: 0 if the run fits into the memory, else 1.
+    """
+    device, model = jax.devices()[0], config.model
+    total, outside = count_parameters(model)
+    active = count_active_parameters(model)
+    per_token = flops_per_token(model, sequence_length=config.data.sequence_length)
+    tokens = config.rows_per_step * config.data.sequence_length
+    idle = f", {active:,} active for each token" if active < total else ""
+    say(f"Device   {device.device_kind} ({device.platform}), {compute_dtype(model).name}")
+    say(f"Model    {total:,} parameters, {outside:,} without the embedding{idle}")
+    say(f"Work     {per_token / 1e6:,.1f} MFLOP a token, {tokens:,} tokens a step, "
+        f"{config.train.max_steps:,} steps")  # fmt: skip
+    start = time.perf_counter()
+    compiled = compile_step(config)
+    say(f"Compiled in {time.perf_counter() - start:.1f} s")
+    limit = memory_limit()
+    say(
+        f"Memory   weights and optimizer {compiled.state / GIGABYTE:.3g} GB, activations and "
+        f"gradients {compiled.working / GIGABYTE:.3g} GB: {compiled.total / GIGABYTE:.3g} GB "
+        f"of {limit / GIGABYTE:.3g} GB"
+    )
+    if compiled.total > limit:
+        say("It does not fit. What would change that:")
+        for flags, changed in lighter(config):
+            size = compile_step(changed).total
+            fits = "fits" if size <= limit else "does not fit either"
+            say(f"  {flags}: {size / GIGABYTE:.3g} GB, {fits}")
+        return 1
+    seconds = time_step(config, compiled)
+    speed = tokens / seconds
+    say(f"Speed    {speed:,.0f} tokens/s, MFU {speed * per_token / peak_flops():.0%}")
+    say(
+        f"Run      {in_words(config.train.max_steps * seconds)} for all steps, evaluations and "
+        "checkpoints not counted"
+    )
+    return 0
+
+
+def compile_step(config: Config) -> Compiled:
+    """Compile the train step of a run without making a weight or a row."""
+    structure, _ = model_structure(config.model)
+    step = make_train_step(config, structure, next_token_loss, count_targets)
+    state, batch = jax.eval_shape(lambda: (first_state(config), made_up_batch(config)))
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    memory: Any = compiled.memory_analysis()
+    of_state, of_batch = (
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (state, batch)
+    )
+    # The new state takes the place of the old one.
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    working = memory.temp_size_in_bytes + max(fresh, 0) + memory.generated_code_size_in_bytes
+    return Compiled(compiled, of_state, of_batch, working)
+
+
+def first_state(config: Config) -> Any:
+    """Make the state that training would start from."""
+    return new_state(config, initial_weights(config.model, seed=config.train.seed))
+
+
+def made_up_batch(config: Config) -> dict[str, jax.Array]:
+    """Make rows of the form that the corpus would give, of random tokens."""
+    shape = (config.rows_per_step, config.data.sequence_length)
+    keys = jax.random.split(jax.random.key(0))
+    tokens, targets = (jax.random.randint(key, shape, 0, config.model.vocab_size) for key in keys)
+    batch = {"tokens": tokens, "targets": targets, "loss_mask": jnp.ones(shape, bool)}
+    if config.data.packing == "packed":
+        batch["positions"] = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+        batch["segment_ids"] = jnp.ones(shape, jnp.int32)
+    return batch
+
+
+def memory_limit() -> int:
+    """Give what the device lets JAX have, or on the CPU what the machine has, in bytes."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def lighter(config: Config) -> list[tuple[str, Config]]:
+    """List settings that take less memory and train alike, with the flags that set them."""
+    found = []
+    train, model = config.train, config.model
+    recomputing = dataclasses.replace(model, activation_checkpointing="full", scan_layers=True)
+    recompute = "--model.activation_checkpointing full --model.scan_layers true"
+    if recomputing != model:
+        found.append((recompute, dataclasses.replace(config, model=recomputing)))
+    rows, passes = train.batch_size, train.gradient_accumulation_steps
+    while rows > 1 and len(found) < 6:
+        divisor = next(d for d in range(2, rows + 1) if rows % d == 0)
+        rows, passes = rows // divisor, passes * divisor
+        flags = f"--batch-size {rows} --train.gradient_accumulation_steps {passes}"
+        smaller = dataclasses.replace(train, batch_size=rows, gradient_accumulation_steps=passes)
+        found.append((flags, dataclasses.replace(config, train=smaller)))
+    if rows < train.batch_size:
+        smallest = dataclasses.replace(found[-1][1], model=recomputing)
+        found.append((f"{found[-1][0]} {recompute}", smallest))
+    return found
+
+
+def time_step(config: Config, compiled: Compiled) -> float:
+    """Run some steps and give the median time of one, in seconds."""
+    state, batch = first_state(config), jax.device_get(made_up_batch(config))
+    state, numbers = jax.block_until_ready(compiled.step(state, batch))
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < TIMING_SECONDS:
+        start = time.perf_counter()
+        state, numbers = jax.block_until_ready(compiled.step(state, batch))
+        times.append(time.perf_counter() - start)
+    assert np.isfinite(numbers["loss"])
+    return float(np.median(times))
+
+
+def in_words(seconds: float) -> str:
+    """Say a time as people do."""
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    if days >= 2:
+        return f"{days:.1f} days"
+    if hours >= 2:
+        return f"{hours:.1f} hours"
+    return f"{minutes:.1f} minutes" if minutes >= 2 else f"{seconds:.0f} seconds"

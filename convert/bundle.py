@@ -6,6 +6,7 @@ layout; rotary positions are half-split. Arrays may be views of files and need n
 """
 
 import dataclasses
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ DTYPES: dict[str, np.dtype] = {
     "float64": np.dtype(np.float64),
 }
 Arrays = dict[str, np.ndarray]
+_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(.+)")
 
 
 @dataclass
@@ -83,20 +85,31 @@ def dtype_names(arrays: Iterable[np.ndarray]) -> str:
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """List every weight of a model with its shape, in the order of the forward pass."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    query = config.num_attention_heads * config.head_dim
+    hidden, query = config.hidden_size, config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
-    layer = {
+    layer: dict[str, tuple[int, ...]] = {
         "input_layernorm": (hidden,),
         "self_attn.q_proj": (query, hidden),
         "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, query),
         "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
     }
+    if config.qk_norm:
+        layer |= {f"self_attn.{letter}_norm": (config.head_dim,) for letter in "qk"}
+    mlps = {"mlp": config.intermediate_size}
+    if config.num_experts > 0:
+        layer["mlp.gate"] = (config.num_experts, hidden)
+        inner = config.moe_intermediate_size
+        mlps = {f"mlp.experts.{expert}": inner for expert in range(config.num_experts)}
+        if config.num_shared_experts > 0:
+            mlps["mlp.shared_experts"] = config.num_shared_experts * inner
+    for home, inner in mlps.items():
+        layer |= {
+            f"{home}.gate_proj": (inner, hidden),
+            f"{home}.up_proj": (inner, hidden),
+            f"{home}.down_proj": (hidden, inner),
+        }
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, hidden)}
     for index in range(config.num_hidden_layers):
         shapes |= {f"layers.{index}.{name}.weight": shape for name, shape in layer.items()}
@@ -104,6 +117,33 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
+
+
+def check_moments(first: Arrays, second: Arrays, config: Config, *, origin: str) -> None:
+    """Refuse moments that are not those of the model under the optimizer of the run.
+
+    Muon keeps no second moment of the matrices that it updates.
+
+    Raises:
+        InputError: the missing, unknown and misshapen tensors, by name, in one line.
+    """
+    check_tensors(first, config.model, origin=f"{origin} (first moments)")
+    kept = {
+        name: array
+        for name, array in first.items()
+        if config.optimizer.name == "muon" and _is_hidden_matrix(name)
+    }
+    unknown = [name for name in kept if name in second]
+    if unknown:
+        raise InputError(
+            f"{origin} (second moments): Muon keeps none of {listed(unknown)}. Give the settings it "
+            "was trained with."
+        )
+    check_tensors(kept | second, config.model, origin=f"{origin} (second moments)")
+
+
+def _is_hidden_matrix(name: str) -> bool:
+    return name.startswith("layers.") and name.endswith("_proj.weight")
 
 
 def check_tensors(arrays: Mapping[str, np.ndarray], config: ModelConfig, *, origin: str) -> None:
@@ -274,8 +314,7 @@ def from_meta_table(
     check_tensors(weights, config.model, origin=origin)
     training = None
     if first or second:
-        check_tensors(first, config.model, origin=f"{origin} (first moments)")
-        check_tensors(second, config.model, origin=f"{origin} (second moments)")
+        check_moments(first, second, config, origin=origin)
         training = _training_of(meta, config, first=first, second=second, origin=origin)
     layout = make_layout(
         format=format,
@@ -317,23 +356,38 @@ def _training_of(
 
 
 def to_jax(arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """Rename `X.weight` [out, in] to `X.kernel` [in, out]; table and norms stay. Views, no copies."""
-    return dict(
-        (f"{name.removesuffix('weight')}kernel", array.T)
-        if _is_matrix(name, array)
-        else (name, array)
-        for name, array in arrays.items()
-    )
+    """Rename `X.weight` [out, in] to `X.kernel` [in, out]; table and norms stay.
+
+    Views, no copies, but for experts: `experts.E.X.weight` is `experts.X.kernel[E]`.
+    """
+    renamed: Arrays = {}
+    experts: dict[str, dict[int, np.ndarray]] = {}
+    for name, array in arrays.items():
+        stem = name.removesuffix("weight")
+        if not _is_matrix(name, array):
+            renamed[name] = array
+        elif match := _EXPERT.fullmatch(stem):
+            stacked = f"{match[1]}.experts.{match[3]}kernel"
+            experts.setdefault(stacked, {})[int(match[2])] = array.T
+        else:
+            renamed[f"{stem}kernel"] = array.T
+    return renamed | {name: np.stack([of[e] for e in sorted(of)]) for name, of in experts.items()}
 
 
 def from_jax(arrays: Mapping[str, np.ndarray]) -> Arrays:
     """Undo `to_jax`."""
-    return dict(
-        (f"{name.removesuffix('kernel')}weight", array.T)
-        if name.endswith(".kernel")
-        else (name, array)
-        for name, array in arrays.items()
-    )
+    renamed: Arrays = {}
+    for name, array in arrays.items():
+        stem = name.removesuffix("kernel")
+        if stem == name:
+            renamed[name] = array
+        elif array.ndim == 3:
+            home, part = stem.split(".experts.")
+            for expert, kernel in enumerate(array):
+                renamed[f"{home}.experts.{expert}.{part}weight"] = kernel.T
+        else:
+            renamed[f"{stem}weight"] = array.T
+    return renamed
 
 
 def _is_matrix(name: str, array: np.ndarray) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from convert.bundle import (
     Bundle,
     Training,
+    check_moments,
     check_tensors,
     from_jax,
     make_layout,
@@ -60,14 +61,14 @@ def read(path: Path, *, say: Callable[[str], None]) -> Bundle:
     training = None
     moments: Any = checkpoint.moments
     if moments.first or moments.second:
-        for which, arrays in (("first", moments.first), ("second", moments.second)):
-            check_tensors(from_jax(arrays), config.model, origin=f"{path} ({which} moments)")
+        first, second = from_jax(moments.first), from_jax(moments.second)
+        check_moments(first, second, config, origin=str(path))
         training = Training(
             config=config,
             step=checkpoint.step,
             count=int(moments.count),
-            first=from_jax(moments.first),
-            second=from_jax(moments.second),
+            first=first,
+            second=second,
             nonfinite_streak=checkpoint.nonfinite_streak,
             seed=config.train.seed,
             rows_per_step=config.rows_per_step,

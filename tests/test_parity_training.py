@@ -42,7 +42,6 @@ from tinyllm_torch.objectives import pretrain as torch_pretrain
 from tinyllm_torch.training import optim as torch_optim
 from tinyllm_torch.training import step as torch_step
 from tinyllm_torch.training.checkpoint import read_checkpoint, save_checkpoint
-from tinyllm_torch.training.start import FREE_MODEL_SETTINGS
 
 # Clips now and then, decays visibly, and goes through warm-up, cosine and floor within 50 steps.
 RECIPE: dict[str, Any] = {
@@ -432,12 +431,6 @@ def test_a_failed_save_leaves_the_earlier_checkpoint_and_nothing_else(
 
 def raise_full_disk(*_: Any) -> None:
     raise OSError(28, "No space left on device")
-
-
-def test_free_model_settings_are_those_of_jax() -> None:
-    from tinyllm_jax.training import start
-
-    assert FREE_MODEL_SETTINGS == start.FREE_MODEL_SETTINGS
 
 
 def test_the_twin_trains_without_importing_jax(tmp_path: Path, prepared_folder: Path) -> None:

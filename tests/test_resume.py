@@ -375,3 +375,19 @@ def test_a_broken_line_inside_the_metrics_is_named(run_copy):
     path.write_text("".join([*lines[:3], "{broken\n", *lines[3:]]))
     with pytest.raises(ValueError, match=r"metrics.jsonl:4: not JSON"):
         train.main(["--resume", str(run_copy), "--max-steps", "21"])
+
+
+STRETCH = ["--model.rope_type", "yarn", "--model.rope_factor", "2"]
+
+
+def test_a_new_run_may_stretch_the_positions_of_old_weights_and_a_resumed_one_may_not(
+    run_copy, tmp_path
+):
+    longer = ["--model.max_position_embeddings", "128", "--data.sequence_length", "128"]
+    flags = [*STRETCH, *longer, "--init-from", str(run_copy), "--max-steps", "1"]
+    assert train.main([*SMALL_RUN, *flags, "--out", str(tmp_path / "longer")]) == 0
+    found = read_checkpoint(tmp_path / "longer" / "checkpoints" / "1").config.model
+    assert (found.rope_type, found.rope_original_max_position_embeddings) == ("yarn", 64)
+    with pytest.raises(ValueError, match="written with model.rope_type=default") as caught:
+        train.main([*SMALL_RUN, *STRETCH, "--resume", str(run_copy), "--out", str(run_copy)])
+    assert "--model.rope_type default" in str(caught.value)

@@ -82,12 +82,12 @@ def read_command(words: Sequence[str] | None) -> "tuple[Config, Checkpoint | Non
     if arguments.config:
         problems.append("--checkpoint and --config are both given. Leave one of them out.")
     from tinyllm_jax.training.checkpoint import open_checkpoint
-    from tinyllm_jax.training.start import check_model, settings_of
+    from tinyllm_jax.training.start_rules import check_model, settings_of
 
     path = Path(arguments.checkpoint)
     checkpoint = open_checkpoint(path, on_damaged=say)
     config = settings_of(checkpoint, overrides, problems)
-    check_model(checkpoint, config)
+    check_model(checkpoint, config, goes_on=False)
     return config, checkpoint
 
 

@@ -9,12 +9,12 @@ Text becomes a tokenizer and token shards, a run folder is opened, and `fit` doe
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllm_jax.cli import run
-from tinyllm_jax.config import Config, preset_names
+from tinyllm_jax.config import Config, preset_names, read_preset
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.settings import Parser, add_flags, parse_flags
 
@@ -30,7 +30,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when finished, 130 or 143 when stopped by a signal (after saving), 1 when the loss was no
-        number for too long.
+        number for too long, or when a dry run does not fit into the memory.
     """
     preset, overrides, problems = read_command(words)
     from tinyllm_jax.data.files import locked
@@ -41,22 +41,22 @@ def main(words: Sequence[str] | None = None) -> int:
     from tinyllm_jax.training.loop import Identity, fit
     from tinyllm_jax.training.start import (
         best_so_far,
-        check_data,
         check_folder,
         find_folder,
         find_start,
         first_state,
         open_folder,
     )
+    from tinyllm_jax.training.start_rules import check_data
 
     try:
         folder = find_folder(preset, overrides)
     except InputError as error:
         raise InputError("\n".join([str(error), *problems])) from None
-    if overrides.get("run.dry_run"):
-        config = find_start(preset, overrides, problems, folder, say=say).config
-        set_up_jax(config)
-        return dry_run(config, say=say)
+    if wants_dry_run(preset, overrides):
+        start = find_start(preset, overrides, problems, folder, say=say)
+        set_up_jax(start.config)
+        return dry_run(start.config, done_steps=start.resumed.step if start.resumed else 0, say=say)
     check_folder(folder)
     lock = folder.resolve().parent / f".{folder.name}.lock"
     with locked(lock, on_wait=lambda: refuse_second_run(folder)):
@@ -70,7 +70,7 @@ def main(words: Sequence[str] | None = None) -> int:
             return 0
         set_up_jax(config)
         prepared = prepare(config, progress=sys.stderr.isatty(), tokenizer=tokenizer_of(start))
-        check_data(start, prepared)
+        check_data(start.source, start.resumed, prepared)
         objective = make_pretraining(config, prepared)
         sample = make_sampler(config, prepared.tokenizer)
         say_what_starts(start, prepared)
@@ -106,6 +106,15 @@ def read_command(words: Sequence[str] | None) -> tuple[str | None, dict[str, Any
     add_flags(parser, Config)
     arguments, overrides, problems = parse_flags(parser, Config, words)
     return arguments.config, overrides, problems
+
+
+def wants_dry_run(preset: str | None, overrides: Mapping[str, Any]) -> bool:
+    """Tell whether a command line, or its preset, asks for a dry run.
+
+    Needed before the settings are checked, since a dry run locks no folder.
+    """
+    table = {**(read_preset(preset)[1] if preset else {}), **overrides}
+    return str(table.get("run.dry_run", False)).lower() == "true"
 
 
 def set_up_jax(config: Config) -> None:

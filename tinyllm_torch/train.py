@@ -32,12 +32,12 @@ def main(words: Sequence[str] | None = None) -> int:
     # wait for torch.
     from tinyllm_jax.data.files import locked
     from tinyllm_jax.data.prepare import prepare
+    from tinyllm_jax.training.start_rules import check_data
     from tinyllm_torch.model.weights import model_structure
     from tinyllm_torch.objectives.pretrain import make_pretraining
     from tinyllm_torch.training.loop import Identity, fit
     from tinyllm_torch.training.start import (
         best_so_far,
-        check_data,
         check_folder,
         find_start,
         first_state,
@@ -46,6 +46,11 @@ def main(words: Sequence[str] | None = None) -> int:
 
     start = find_start(preset, overrides, problems, say=say)
     config, folder = start.config, start.folder
+    if config.run.dry_run:
+        raise InputError(
+            "run.dry_run: the twin has no compiler to ask for memory and time. Use python -m "
+            "tinyllm_jax.train --dry-run with the same flags."
+        )
     if start.resumed and start.resumed.step >= config.train.max_steps:
         say(
             f"{start.resumed.folder}: the run is finished at step {start.resumed.step}. To train "
@@ -56,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
     with locked(lock, on_wait=lambda: refuse_second_run(start)):
         check_folder(start)
         prepared = prepare(config, progress=sys.stderr.isatty(), tokenizer=tokenizer_of(start))
-        check_data(start, prepared)
+        check_data(start.source, start.resumed, prepared)
         sample = make_sampler(config, prepared.tokenizer)
         open_folder(start, prepared)
         structure, _ = model_structure(config.model)

@@ -42,11 +42,12 @@ class Compiled(NamedTuple):
         return self.state + self.batch + self.working
 
 
-def dry_run(config: Config, *, say: Callable[[str], None]) -> int:
+def dry_run(config: Config, *, done_steps: int, say: Callable[[str], None]) -> int:
     """Compile the train step, and time it on made-up rows if it fits.
 
     Args:
         config: All settings; no data is needed, nothing is read and nothing written.
+        done_steps: Steps that a resumed run has behind it.
         say: Takes each line.
 
     Returns:
@@ -57,33 +58,30 @@ def dry_run(config: Config, *, say: Callable[[str], None]) -> int:
     active = count_active_parameters(model)
     per_token = flops_per_token(model, sequence_length=config.data.sequence_length)
     tokens = config.rows_per_step * config.data.sequence_length
+    steps = max(config.train.max_steps - done_steps, 0)
     idle = f", {active:,} active for each token" if active < total else ""
     say(f"Device   {device.device_kind} ({device.platform}), {compute_dtype(model).name}")
     say(f"Model    {total:,} parameters, {outside:,} without the embedding{idle}")
     say(f"Work     {per_token / 1e6:,.1f} MFLOP a token, {tokens:,} tokens a step, "
-        f"{config.train.max_steps:,} steps")  # fmt: skip
+        f"{steps:,} steps")  # fmt: skip
     start = time.perf_counter()
     compiled = compile_step(config)
     say(f"Compiled in {time.perf_counter() - start:.1f} s")
     limit = memory_limit()
     say(
-        f"Memory   weights and optimizer {compiled.state / GIGABYTE:.3g} GB, activations and "
-        f"gradients {compiled.working / GIGABYTE:.3g} GB: {compiled.total / GIGABYTE:.3g} GB "
-        f"of {limit / GIGABYTE:.3g} GB"
+        f"Memory   weights and optimizer {compiled.state / GIGABYTE:.3g} GB, gradients and "
+        f"activations {(compiled.total - compiled.state) / GIGABYTE:.3g} GB: "
+        f"{compiled.total / GIGABYTE:.3g} GB of {limit / GIGABYTE:.3g} GB"
     )
     if compiled.total > limit:
-        say("It does not fit. What would change that:")
-        for flags, changed in lighter(config):
-            size = compile_step(changed).total
-            fits = "fits" if size <= limit else "does not fit either"
-            say(f"  {flags}: {size / GIGABYTE:.3g} GB, {fits}")
+        say_what_is_lighter(config, limit=limit, say=say)
         return 1
     seconds = time_step(config, compiled)
     speed = tokens / seconds
     say(f"Speed    {speed:,.0f} tokens/s, MFU {speed * per_token / peak_flops():.0%}")
     say(
-        f"Run      {in_words(config.train.max_steps * seconds)} for all steps, evaluations and "
-        "checkpoints not counted"
+        f"Run      {in_words(steps * seconds)} for {steps:,} steps, evaluations and checkpoints "
+        "not counted"
     )
     return 0
 
@@ -113,7 +111,9 @@ def made_up_batch(config: Config) -> dict[str, jax.Array]:
     """Make rows of the form that the corpus would give, of random tokens."""
     shape = (config.rows_per_step, config.data.sequence_length)
     keys = jax.random.split(jax.random.key(0))
-    tokens, targets = (jax.random.randint(key, shape, 0, config.model.vocab_size) for key in keys)
+    tokens, targets = (
+        jax.random.randint(key, shape, 0, config.model.vocab_size, jnp.int32) for key in keys
+    )
     batch = {"tokens": tokens, "targets": targets, "loss_mask": jnp.ones(shape, bool)}
     if config.data.packing == "packed":
         batch["positions"] = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
@@ -127,6 +127,25 @@ def memory_limit() -> int:
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def say_what_is_lighter(config: Config, *, limit: int, say: Callable[[str], None]) -> None:
+    """Name flags that make a run take less memory, up to the first smaller batch that fits."""
+    found = lighter(config)
+    if not found:
+        say("It does not fit. Use a smaller model or a smaller --data.sequence_length.")
+        return
+    say("It does not fit. These flags train alike in less memory, and in more time:")
+    any_fits = False
+    for flags, changed in found:
+        size = compile_step(changed).total
+        fits = size <= limit
+        any_fits = any_fits or fits
+        say(f"  {flags}: {size / GIGABYTE:.3g} GB, {'fits' if fits else 'does not fit either'}")
+        if fits and changed.train != config.train:
+            return
+    if not any_fits:
+        say("Otherwise use a smaller model or a smaller --data.sequence_length.")
 
 
 def lighter(config: Config) -> list[tuple[str, Config]]:
@@ -144,7 +163,7 @@ def lighter(config: Config) -> list[tuple[str, Config]]:
         flags = f"--batch-size {rows} --train.gradient_accumulation_steps {passes}"
         smaller = dataclasses.replace(train, batch_size=rows, gradient_accumulation_steps=passes)
         found.append((flags, dataclasses.replace(config, train=smaller)))
-    if rows < train.batch_size:
+    if rows < train.batch_size and recomputing != model:
         smallest = dataclasses.replace(found[-1][1], model=recomputing)
         found.append((f"{found[-1][0]} {recompute}", smallest))
     return found
@@ -153,13 +172,12 @@ def lighter(config: Config) -> list[tuple[str, Config]]:
 def time_step(config: Config, compiled: Compiled) -> float:
     """Run some steps and give the median time of one, in seconds."""
     state, batch = first_state(config), jax.device_get(made_up_batch(config))
-    state, numbers = jax.block_until_ready(compiled.step(state, batch))
+    state, _ = jax.block_until_ready(compiled.step(state, batch))
     times: list[float] = []
     while len(times) < 2 or sum(times) < TIMING_SECONDS:
         start = time.perf_counter()
-        state, numbers = jax.block_until_ready(compiled.step(state, batch))
+        state, _ = jax.block_until_ready(compiled.step(state, batch))
         times.append(time.perf_counter() - start)
-    assert np.isfinite(numbers["loss"])
     return float(np.median(times))
 
 

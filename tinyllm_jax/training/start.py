@@ -13,29 +13,25 @@ import jax.numpy as jnp
 from tinyllm_jax.config import Config, config_to_table, load_config, read_preset
 from tinyllm_jax.data.files import free_name, write_file
 from tinyllm_jax.data.prepare import PreparedData
-from tinyllm_jax.data.tokenizer import check_tokenizer_hash
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.layers import parameter_dtype
 from tinyllm_jax.model.weights import Weights, initial_weights
-from tinyllm_jax.settings import build, flatten
 from tinyllm_jax.training.checkpoint import Checkpoint, open_checkpoint
 from tinyllm_jax.training.optim import Moments, has_second_moment, write_moments
+from tinyllm_jax.training.start_rules import (
+    SNAPSHOT,
+    changes,
+    check_model,
+    check_moments,
+    check_tokenizer_stays,
+    is_run,
+    is_run_of,
+    settings_of,
+)
 from tinyllm_jax.training.step import TrainState, new_state
 from tinyllm_jax.training.step_folders import damage, mark_best, step_folders
 
 DEFAULT_PRESET = "tiny"
-SNAPSHOT = "training_config_snapshot.json"
-# Settings of the model that a checkpoint's weights do not depend on.
-FREE_MODEL_SETTINGS = {
-    "model.attention",
-    "model.attention_dropout",
-    "model.compute_dtype",
-    "model.embedding_dropout",
-    "model.initializer_range",
-    "model.max_position_embeddings",
-    "model.mlp_dropout",
-    "model.residual_dropout",
-}
 
 
 @dataclass(frozen=True)
@@ -122,70 +118,21 @@ def find_start(
             config = settings_of(resumed, overrides, problems)
     if run.init_from and not resumed:
         initial = open_checkpoint(Path(run.init_from), on_damaged=say)
-    for checkpoint in (resumed, initial):
-        if checkpoint:
-            check_model(checkpoint, config)
+    if initial:
+        check_model(initial, config, goes_on=False)
     if resumed:
+        check_model(resumed, config, goes_on=True)
         check_resume(resumed, config, folder)
-        say_changes(resumed, config, say=say)
+        for key, (old, new) in changes(resumed, config).items():
+            say(f"note: {key} was {old} and is {new} from step {resumed.step} on.")
     return Start(config, folder, resumed, initial)
-
-
-def settings_of(
-    checkpoint: Checkpoint, overrides: Mapping[str, Any], problems: Sequence[str]
-) -> Config:
-    """Take the settings that a checkpoint was trained with, but where it lay, and put others over.
-
-    Raises:
-        InputError: every problem found, one a line.
-    """
-    kept = flatten(config_to_table(checkpoint.config))
-    once = ("run.", "tokenizer.retrain")  # said of one command, not of the run
-    kept = {key: value for key, value in kept.items() if not key.startswith(once)}
-    return build(Config, [(str(checkpoint.folder), kept), ("", overrides)], problems)
-
-
-def changes(checkpoint: Checkpoint, config: Config) -> dict[str, tuple[Any, Any]]:
-    """List the settings that differ as (checkpoint's value, config's value)."""
-    before = flatten(config_to_table(checkpoint.config))
-    after = flatten(config_to_table(config))
-    ignored = ("run.", "tokenizer.retrain", "tokenizer.path", "data.workers")
-    return {
-        key: (before[key], after[key])
-        for key in after
-        if before[key] != after[key] and not key.startswith(ignored)
-    }
-
-
-def check_model(checkpoint: Checkpoint, config: Config) -> None:
-    """Refuse settings that would make another model of the checkpoint's weights."""
-    differ = {
-        key: values
-        for key, values in changes(checkpoint, config).items()
-        if key.startswith("model.") and key not in FREE_MODEL_SETTINGS
-    }
-    if differ:
-        shown = ", ".join(f"{key}={old} (this run has {new})" for key, (old, new) in differ.items())
-        flags = " ".join(f"--{key} {old}" for key, (old, _) in differ.items())
-        raise InputError(
-            f"{checkpoint.folder}: written with {shown}. Use {flags}, or train a new model with "
-            "--out NEW and no --resume, --auto-resume or --init-from."
-        )
 
 
 def check_resume(checkpoint: Checkpoint, config: Config, folder: Path) -> None:
     """Refuse to go on where something would be lost or forgotten."""
-    if config.tokenizer.retrain:
-        raise InputError(
-            f"{checkpoint.folder}: --retrain-tokenizer would change what its ids mean. Leave it "
-            "out, or start a new run with --out NEW."
-        )
-    if not checkpoint.moments.first:
-        raise InputError(
-            f"{checkpoint.folder}: holds weights only, no optimizer state to go on with. Start a "
-            "new run from them with --init-from."
-        )
-    check_moments(checkpoint, config)
+    check_tokenizer_stays(checkpoint, config)
+    second = [name for name in checkpoint.weights if has_second_moment(name, config)]
+    check_moments(checkpoint, config, second=second)
     if not is_run_of(checkpoint, folder):
         return
     later = [path for step, path in step_folders(folder) if step > checkpoint.step]
@@ -195,53 +142,6 @@ def check_resume(checkpoint: Checkpoint, config: Config, folder: Path) -> None:
             f"{checkpoint.folder}: {good[-1]} is newer, and going on from here in the same folder "
             f"would overwrite it. Use --resume {shlex.quote(str(folder))} to go on from the newest, or add --out "
             "NEW to branch off."
-        )
-
-
-def check_moments(checkpoint: Checkpoint, config: Config) -> None:
-    """Refuse moments of another optimizer than the one that goes on."""
-    before, now = checkpoint.config.optimizer.name, config.optimizer.name
-    if before != now:
-        raise InputError(
-            f"{checkpoint.folder}: holds moments of optimizer.name={before}, and this run has {now}. "
-            f"Use --optimizer.name {before}, or start a new run from its weights with --init-from."
-        )
-    wanted = {name for name in checkpoint.weights if has_second_moment(name, config)}
-    moments = checkpoint.moments
-    if moments.first.keys() != checkpoint.weights.keys() or moments.second.keys() != wanted:
-        raise InputError(
-            f"{checkpoint.folder}: its moments are not those of optimizer.name={now}. Start a new "
-            "run from its weights with --init-from."
-        )
-
-
-def is_run_of(checkpoint: Checkpoint, folder: Path) -> bool:
-    """Tell whether a checkpoint lies in this run folder."""
-    return checkpoint.folder.resolve().parent == (folder / "checkpoints").resolve()
-
-
-def say_changes(checkpoint: Checkpoint, config: Config, *, say: Callable[[str], None]) -> None:
-    """Name the settings that are not what they were."""
-    for key, (old, new) in changes(checkpoint, config).items():
-        say(f"note: {key} was {old} and is {new} from step {checkpoint.step} on.")
-
-
-def check_data(start: Start, prepared: PreparedData) -> None:
-    """Refuse to go on with other data, or with another tokenizer.
-
-    Raises:
-        InputError: names both hashes.
-    """
-    if start.source:
-        origin = str(start.source.folder)
-        check_tokenizer_hash(
-            prepared.tokenizer, expected=start.source.tokenizer_hash, origin=origin
-        )
-    if start.resumed and start.resumed.dataset_hash not in ("", prepared.dataset_hash):
-        raise InputError(
-            f"{start.resumed.folder}: trained on the data {start.resumed.dataset_hash}, and these "
-            f"are {prepared.dataset_hash}. Give the data it was trained on, or start a new run "
-            "from its weights with --init-from and --out NEW."
         )
 
 
@@ -257,11 +157,6 @@ def check_folder(folder: Path) -> None:
         raise InputError(
             f"{folder}: holds files that are no run. Name an empty or new folder with --out."
         )
-
-
-def is_run(folder: Path) -> bool:
-    """Tell a run folder from any other."""
-    return (folder / SNAPSHOT).is_file()
 
 
 def open_folder(start: Start, prepared: PreparedData, *, say: Callable[[str], None]) -> None:

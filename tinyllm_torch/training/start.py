@@ -12,9 +12,17 @@ from typing import Any
 from tinyllm_jax.config import Config, config_to_table, load_config
 from tinyllm_jax.data.files import write_file
 from tinyllm_jax.data.prepare import PreparedData
-from tinyllm_jax.data.tokenizer import check_tokenizer_hash
 from tinyllm_jax.errors import InputError
-from tinyllm_jax.settings import build, flatten
+from tinyllm_jax.training.start_rules import (
+    SNAPSHOT,
+    changes,
+    check_model,
+    check_moments,
+    check_tokenizer_stays,
+    is_run,
+    is_run_of,
+    settings_of,
+)
 from tinyllm_jax.training.step_folders import step_folders
 from tinyllm_torch.model.weights import as_tensors, initial_weights
 from tinyllm_torch.training.checkpoint import Checkpoint, open_checkpoint
@@ -23,18 +31,6 @@ from tinyllm_torch.training.optim import Moments, has_second_moment
 from tinyllm_torch.training.step import TrainState, new_state
 
 DEFAULT_PRESET = "tiny"
-SNAPSHOT = "training_config_snapshot.json"
-# Settings of the model that a checkpoint's weights do not depend on.
-FREE_MODEL_SETTINGS = {
-    "model.attention",
-    "model.attention_dropout",
-    "model.compute_dtype",
-    "model.embedding_dropout",
-    "model.initializer_range",
-    "model.max_position_embeddings",
-    "model.mlp_dropout",
-    "model.residual_dropout",
-}
 
 
 @dataclass(frozen=True)
@@ -90,119 +86,27 @@ def find_start(
     initial = None
     if run.init_from and not resumed:
         initial = open_checkpoint(Path(run.init_from), on_damaged=say)
-    for checkpoint in (resumed, initial):
-        if checkpoint:
-            check_model(checkpoint, config)
+    if initial:
+        check_model(initial, config, goes_on=False)
     if resumed:
+        check_model(resumed, config, goes_on=True)
         check_resume(resumed, config, folder)
         for key, (old, new) in changes(resumed, config).items():
             say(f"note: {key} was {old} and is {new} from step {resumed.step} on.")
     return Start(config, folder, resumed, initial)
 
 
-def settings_of(
-    checkpoint: Checkpoint, overrides: Mapping[str, Any], problems: Sequence[str]
-) -> Config:
-    """Take the settings that a checkpoint was trained with, but where it lay, and put others over.
-
-    Raises:
-        InputError: every problem found, one a line.
-    """
-    kept = flatten(config_to_table(checkpoint.config))
-    once = ("run.", "tokenizer.retrain")  # said of one command, not of the run
-    kept = {key: value for key, value in kept.items() if not key.startswith(once)}
-    return build(Config, [(str(checkpoint.folder), kept), ("", overrides)], problems)
-
-
-def changes(checkpoint: Checkpoint, config: Config) -> dict[str, tuple[Any, Any]]:
-    """List the settings that differ as (checkpoint's value, config's value)."""
-    before = flatten(config_to_table(checkpoint.config))
-    after = flatten(config_to_table(config))
-    ignored = ("run.", "tokenizer.retrain", "tokenizer.path", "data.workers")
-    return {
-        key: (before[key], after[key])
-        for key in after
-        if before[key] != after[key] and not key.startswith(ignored)
-    }
-
-
-def check_model(checkpoint: Checkpoint, config: Config) -> None:
-    """Refuse settings that would make another model of the checkpoint's weights."""
-    differ = {
-        key: values
-        for key, values in changes(checkpoint, config).items()
-        if key.startswith("model.") and key not in FREE_MODEL_SETTINGS
-    }
-    if differ:
-        shown = ", ".join(f"{key}={old} (this run has {new})" for key, (old, new) in differ.items())
-        flags = " ".join(f"--{key} {old}" for key, (old, _) in differ.items())
-        raise InputError(
-            f"{checkpoint.folder}: written with {shown}. Use {flags}, or train a new model with "
-            "--out NEW and no --resume, --auto-resume or --init-from."
-        )
-
-
 def check_resume(checkpoint: Checkpoint, config: Config, folder: Path) -> None:
     """Refuse to go on where something would be lost or forgotten."""
-    if not checkpoint.moments.first:
-        raise InputError(
-            f"{checkpoint.folder}: holds weights and no optimizer moments to go on with. Start a "
-            "new run from them with --init-from."
-        )
-    check_moments(checkpoint, config)
-    if config.tokenizer.retrain:
-        raise InputError(
-            f"{checkpoint.folder}: --retrain-tokenizer would change what its ids mean. Leave it "
-            "out, or start a new run with --out NEW."
-        )
+    check_tokenizer_stays(checkpoint, config)
+    second = [name for name in checkpoint.weights if has_second_moment(name, config)]
+    check_moments(checkpoint, config, second=second)
     later = [path for step, path in step_folders(folder) if step > checkpoint.step]
     if is_run_of(checkpoint, folder) and later:
         raise InputError(
             f"{checkpoint.folder}: {later[-1]} is newer, and going on from here in the same folder "
             f"would overwrite it. Use --resume {folder} to go on from the newest, add --out NEW to "
             "branch off, or remove it if it is damaged."
-        )
-
-
-def check_moments(checkpoint: Checkpoint, config: Config) -> None:
-    """Refuse moments of another optimizer than the one that goes on."""
-    before, now = checkpoint.config.optimizer.name, config.optimizer.name
-    if before != now:
-        raise InputError(
-            f"{checkpoint.folder}: holds moments of optimizer.name={before}, and this run has {now}. "
-            f"Use --optimizer.name {before}, or start a new run from its weights with --init-from."
-        )
-    wanted = {name for name in checkpoint.weights if has_second_moment(name, config)}
-    moments = checkpoint.moments
-    if moments.first.keys() != checkpoint.weights.keys() or moments.second.keys() != wanted:
-        raise InputError(
-            f"{checkpoint.folder}: its moments are not those of optimizer.name={now}. Start a new "
-            "run from its weights with --init-from."
-        )
-
-
-def is_run_of(checkpoint: Checkpoint, folder: Path) -> bool:
-    """Tell whether a checkpoint lies in this run folder."""
-    return checkpoint.folder.resolve().parent == (folder / "checkpoints").resolve()
-
-
-def check_data(start: Start, prepared: PreparedData) -> None:
-    """Refuse to go on with other data, or with another tokenizer.
-
-    Raises:
-        InputError: names both hashes.
-    """
-    if start.source:
-        origin = str(start.source.folder)
-        check_tokenizer_hash(
-            prepared.tokenizer, expected=start.source.tokenizer_hash, origin=origin
-        )
-    # Checkpoints of other projects do not say which data they saw.
-    if start.resumed and start.resumed.dataset_hash not in ("", prepared.dataset_hash):
-        raise InputError(
-            f"{start.resumed.folder}: trained on the data {start.resumed.dataset_hash}, and these "
-            f"are {prepared.dataset_hash}. Give the data it was trained on, or start a new run "
-            "from its weights with --init-from and --out NEW."
         )
 
 
@@ -223,11 +127,6 @@ def check_folder(start: Start) -> None:
             f"{folder}: holds an earlier run. Go on with it by --resume {folder}, or name another "
             "folder with --out."
         )
-
-
-def is_run(folder: Path) -> bool:
-    """Tell a run folder from any other."""
-    return (folder / SNAPSHOT).is_file()
 
 
 def open_folder(start: Start, prepared: PreparedData) -> None:

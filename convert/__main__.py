@@ -79,9 +79,7 @@ def report_text(report: Report, arguments: argparse.Namespace) -> str:
         f"Source   {report.source['read_from']} ({report.source_bytes:,} bytes): {describe(report.source)}",
         f"Target   {arguments.target} ({report.target_bytes:,} bytes)"
         + (f": {describe(report.target)}" if report.target else ""),
-        f"Tensors  {report.tensors}"
-        + (", and both moments of each" if report.moments else "")
-        + step,
+        f"Tensors  {report.tensors}{moments_text(report)}{step}",
     ]
     if report.largest_difference is None:
         lines.append("Logits   not compared (--no-verify)")
@@ -91,6 +89,18 @@ def report_text(report: Report, arguments: argparse.Namespace) -> str:
             f"{report.relative_difference:.2%} of their spread"
         )
     return "\n".join([*lines, *(f"Note     {note}" for note in report.notes)])
+
+
+def moments_text(report: Report) -> str:
+    """Say which moments came along; Muon keeps no second one of the matrices that it updates."""
+    if report.moments is None:
+        return ""
+    first, second = report.moments
+    return (
+        ", and both moments of each"
+        if first == second
+        else f", a first moment of each and {second} second ones"
+    )
 
 
 def describe(layout: dict[str, Any]) -> str:

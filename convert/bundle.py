@@ -158,6 +158,11 @@ def check_tensors(arrays: Mapping[str, np.ndarray], config: ModelConfig, *, orig
             f"{origin}: num_hidden_layers={config.num_hidden_layers}, and there are {len(arrays)} "
             "tensors. Give the settings it was trained with."
         )
+    if config.num_hidden_layers * config.num_experts > len(arrays):
+        raise InputError(
+            f"{origin}: num_experts={config.num_experts} in each of {config.num_hidden_layers} "
+            f"layers, and there are {len(arrays)} tensors. Give the settings it was trained with."
+        )
     shapes = expected_shapes(config)
     missing = [name for name in shapes if name not in arrays]
     unknown = [name for name in arrays if name not in shapes]
@@ -180,7 +185,7 @@ def check_tensors(arrays: Mapping[str, np.ndarray], config: ModelConfig, *, orig
     problems = [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]
     if problems:
         raise InputError(
-            f"{origin}: its tensors are not those of this Llama model ({'; '.join(problems)}). "
+            f"{origin}: its tensors are not those of this model ({'; '.join(problems)}). "
             "Give the settings it was trained with, or convert it with the tool it came from."
         )
 

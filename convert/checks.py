@@ -29,6 +29,9 @@ SIZES = (
     "num_key_value_heads",
     "head_dim",
     "vocab_size",
+    "num_experts",
+    "num_shared_experts",
+    "moe_intermediate_size",
 )
 # A snapshot has about eighty settings; each unknown one is compared with all of them.
 MOST_SETTINGS = 1000

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convert.architectures import architecture_of
 from convert.bundle import (
     DTYPES,
     Bundle,
@@ -52,7 +53,7 @@ class Report:
     source: dict[str, Any]  # layout of what was read
     target: dict[str, Any]  # layout of what was written; {} where it was not read back
     tensors: int
-    moments: bool
+    moments: tuple[int, int] | None  # first and second ones that were written
     step: int | None
     source_bytes: int
     target_bytes: int
@@ -156,15 +157,17 @@ def convert(
         source, tokenizer, settings=settings, prefer_best=to not in WITH_TRAINING, say=say
     )
     bundle = prepare(bundle, to=to, dtype=dtype)
-    kept = bundle.training is not None and to in WITH_TRAINING
-    if bundle.training and not kept:
+    moments = None
+    if bundle.training and to in WITH_TRAINING:
+        moments = (len(bundle.training.first), len(bundle.training.second))
+    elif bundle.training:
         bundle.note(f"{to} holds no optimizer state: moments and counters were left out")
     if target.is_dir() and any(target.iterdir()):
         bundle.note(f"what was in {target} is in {free_name(target)} now")
     facts = {
         "source": bundle.layout,
         "tensors": len(bundle.weights),
-        "moments": kept,
+        "moments": moments,
         "step": bundle.training.step if bundle.training else None,
         "source_bytes": size_in_bytes(Path(bundle.layout["read_from"])),
     }
@@ -236,7 +239,9 @@ def prepare(bundle: Bundle, *, to: str, dtype: str | None) -> Bundle:
     Raises:
         InputError: the format has no place for a setting of the model.
     """
-    if to not in WITH_TRAINING:
+    if to == "hf":
+        architecture_of(bundle.model)
+    elif to not in WITH_TRAINING:
         check_held(bundle.model, to=to)
     bundle = dataclasses.replace(bundle, layout=copy.deepcopy(bundle.layout))
     stored = dtype_names(bundle.weights.values())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from convert.bundle import Bundle
 from convert.formats import gguf, huggingface, llama2c, orbax, safetensors, torch_file
+from convert.hugging_face_config import read_config
 from convert.tensor_file import looks_like_safetensors, read_tensors
 from tinyllm_jax.config import ModelConfig
 from tinyllm_jax.errors import InputError
@@ -85,7 +86,7 @@ def read_tensor_file(path: Path, *, settings: ModelConfig | None) -> Bundle:
     arrays, _ = read_tensors(path)
     beside, table = path.with_name("config.json"), None
     if beside.is_file() and settings is None:
-        table = huggingface.read_config(beside)
+        table = read_config(beside)
     model, weights, found = foreign_model(
         arrays, table, settings=settings, certain=False, origin=str(path)
     )

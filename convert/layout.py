@@ -18,11 +18,11 @@ from tinyllm_jax.config import ModelConfig
 
 HALF_SPLIT = "half-split"
 INTERLEAVED = "interleaved"
-_ROTATED = re.compile(r"\.self_attn\.([qk])_proj\.weight$")
+_ROTATED = re.compile(r"\.self_attn\.[qk]_(proj|norm)\.weight$")
 
 
 def to_interleaved(matrix: np.ndarray, *, head_dim: int) -> np.ndarray:
-    """Reorder the rows [heads x head_dim, in] of a half-split projection."""
+    """Reorder the rows [heads x head_dim, in] of a half-split projection, or the norm after it."""
     heads = matrix.shape[0] // head_dim
     pairs = matrix.reshape(heads, 2, head_dim // 2, *matrix.shape[1:])
     return pairs.swapaxes(1, 2).reshape(matrix.shape)

@@ -1,4 +1,4 @@
-"""Other projects' names for weights and settings, turned into Hugging Face's.
+"""Other projects' names for weights and settings, turned into this project's.
 
 Three families of weight names are known: Hugging Face's own (also MiniMind, and this project),
 Meta's (llama2.c, Tiny-K: `attention.wq`, `feed_forward.w1`), and a mixture of both (TinyLLM:
@@ -15,9 +15,12 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
+from convert.architectures import ARCHITECTURES, kind_of
 from convert.bundle import Arrays, check_tensors, expected_shapes, model_config, settle_tying
 from convert.checks import listed, read_number
+from convert.expert_names import from_foreign
 from convert.layout import HALF_SPLIT, INTERLEAVED, half_split
+from convert.setting_values import HUGGING_FACE_SETTINGS
 from tinyllm_jax.config import ModelConfig, load_config, preset_names
 from tinyllm_jax.errors import InputError
 
@@ -79,14 +82,18 @@ _WORDS = {
     "rms_norm_eps": ("rms_norm_eps", "norm_eps", "layer_norm_eps", "eps"),
     "tie_word_embeddings": ("tie_word_embeddings", "tie_weights", "weight_tying", "tie_embeddings"),
     "initializer_range": ("initializer_range",),
+    # What `check_config` says in our own words.
+    **{name: (name,) for name in sorted(HUGGING_FACE_SETTINGS)},
+    "router_aux_loss_coef": ("router_aux_loss_coef",),
+    "router_aux_loss_level": ("router_aux_loss_level",),
 }  # fmt: skip
+# Settings of which 0 says something; elsewhere 0 and None stand for "derived from the rest".
+_ZERO_COUNTS = {"num_experts", "num_shared_experts", "router_aux_loss_coef"}
 _TYPES = get_type_hints(ModelConfig)
 # What no shape tells, and changes every number, as a config.json that lacks it means it.
 _UNTOLD = ("rms_norm_eps", "rope_theta", "max_position_embeddings")
-_LLAMA = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048}
 _DEFAULTS = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
+    **{kind: each.defaults for kind, each in ARCHITECTURES.items()},
     "minimind": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 32768},
     "llama2.c": {"rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 2048},
 }
@@ -178,12 +185,13 @@ def to_bundle_weights(
     """
     plain = plain_names(arrays, origin=origin)
     meta = family(plain.values()) == META
-    weights = {bundle_name(plain[name]): array for name, array in arrays.items() if name in plain}
-    if len(weights) < len(plain):
+    named = {bundle_name(plain[name]): array for name, array in arrays.items() if name in plain}
+    if len(named) < len(plain):
         raise InputError(
             f"{origin}: several tensors stand for the same weight: "
             f"{listed(sorted(plain.values()))}. Keep one of each."
         )
+    weights = from_foreign(named, origin=origin)
     swapped = meta and untangle_swapped(weights, certain=certain, origin=origin)
     return weights, {"rope": INTERLEAVED if meta else HALF_SPLIT, "swapped": swapped}
 
@@ -200,8 +208,7 @@ def declared_settings(table: Mapping[str, Any], *, origin: str) -> dict[str, Any
         if word is None:
             continue
         value = read_number(table[word], _TYPES[ours], what=word, origin=origin)
-        # 0 and None both stand for "derived from the rest" in these projects.
-        if value != 0 or isinstance(value, bool):
+        if value != 0 or isinstance(value, bool) or ours in _ZERO_COUNTS:
             found[ours] = value
     return found
 
@@ -211,13 +218,16 @@ def settings_from_shapes(weights: Arrays, declared: Mapping[str, Any]) -> dict[s
     fields = dict(declared)
     layers = [int(match[1]) for name in weights if (match := _LAYER.match(name))]
     # What is no matrix tells nothing, and is refused by name once all settings are known.
-    table, gate, query, key = (
+    table, gate, query, key, router, expert, shared = (
         array if (array := weights.get(f"{name}.weight")) is not None and array.ndim == 2 else None
         for name in (
             "embed_tokens",
             "layers.0.mlp.gate_proj",
             "layers.0.self_attn.q_proj",
             "layers.0.self_attn.k_proj",
+            "layers.0.mlp.gate",
+            "layers.0.mlp.experts.0.gate_proj",
+            "layers.0.mlp.shared_experts.gate_proj",
         )
     )
     if layers:
@@ -227,6 +237,14 @@ def settings_from_shapes(weights: Arrays, declared: Mapping[str, Any]) -> dict[s
         fields.setdefault("hidden_size", table.shape[1])
     if gate is not None:
         fields.setdefault("intermediate_size", gate.shape[0])
+    if router is not None:
+        fields.setdefault("num_experts", router.shape[0])
+    if expert is not None and fields.get("num_experts"):
+        inner = fields.setdefault("moe_intermediate_size", expert.shape[0])
+        fields.setdefault("intermediate_size", inner)
+        if shared is not None and inner:
+            fields.setdefault("num_shared_experts", shared.shape[0] // inner)
+    fields.setdefault("qk_norm", "layers.0.self_attn.q_norm.weight" in weights)
     heads = fields.get("num_attention_heads")
     if heads and query is not None:
         fields.setdefault("head_dim", query.shape[0] // heads)
@@ -245,17 +263,27 @@ def take_defaults(fields: dict[str, Any], table: Mapping[str, Any], *, certain: 
         A sentence about them for the report, or nothing.
     """
     whose, defaults = "this project", {name: getattr(ModelConfig(), name) for name in _UNTOLD}
-    kind = "llama2.c" if certain else table.get("model_type")
-    if kind is None and any(word in table for word in ("architectures", "transformers_version")):
-        kind = "llama"
-    if isinstance(kind, str) and kind in _DEFAULTS:
+    kind = "llama2.c" if certain else kind_of(table)
+    if kind in _DEFAULTS:
         whose, defaults = kind, _DEFAULTS[kind]
+    if kind == "minimind" and fields["qk_norm"]:  # its second generation
+        defaults = defaults | {"rms_norm_eps": 1e-6}
     missing = {name: defaults[name] for name in _UNTOLD if name not in fields}
     fields.update(missing)
+    missing |= take_original_context(fields)
     if not missing:
         return []
     words = ", ".join(f"{name}={value:g}" for name, value in missing.items())
     return [f"the source does not say {words}; these are the defaults of {whose}"]
+
+
+def take_original_context(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the context that stretched frequencies were trained on as transformers does."""
+    name = "rope_original_max_position_embeddings"
+    if fields.get("rope_type") not in ("llama3", "yarn") or name in fields:
+        return {}
+    fields[name] = fields["max_position_embeddings"]
+    return {name: fields[name]}
 
 
 def foreign_model(
@@ -295,7 +323,11 @@ def foreign_model(
         declared["tie_word_embeddings"] = tied
         if "num_attention_heads" not in declared:
             preset, name = preset_of(weights, tied=tied, origin=origin)
-            config = model_config(dataclasses.asdict(preset) | declared, origin=origin)
+            fields = dataclasses.asdict(preset) | declared
+            if "rope_type" in declared and "rope_original_max_position_embeddings" not in declared:
+                fields.pop("rope_original_max_position_embeddings")
+                take_original_context(fields)
+            config = model_config(fields, origin=origin)
             notes.append(
                 f"the source does not say all settings; those of the preset {name} were taken, "
                 "whose shapes it has (--config NAME or FILE.toml for others)"
@@ -303,6 +335,11 @@ def foreign_model(
         else:
             fields = settings_from_shapes(weights, declared)
             notes += take_defaults(fields, table, certain=certain)
+            if fields.get("num_experts") and "num_experts_per_tok" not in fields:
+                raise InputError(
+                    f"{origin}: it does not say how many experts each token passes. Set "
+                    "num_experts_per_tok in its config.json, or add --config NAME or FILE.toml."
+                )
             config = model_config(fields, origin=origin)
     check_tensors(weights, config, origin=origin)
     if found["rope"] == INTERLEAVED:

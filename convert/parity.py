@@ -31,6 +31,9 @@ TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 2e-2}
 # both sides would take gigabytes.
 LARGEST_IN_FLOAT64 = 50_000_000
 GREEDY_TOKENS = 100
+# What routers are told to do and did: the losses that keep them even, each expert's share.
+ROUTING = ("router_balance_loss", "router_z_loss", "expert_load")
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,11 +202,14 @@ def compare(
     actual, expected = ours.numbers(sample.batch), theirs.numbers(sample.batch)
     for name in ("logits", "loss"):
         yield difference(name, {name: actual.pop(name)}, {name: expected.pop(name)}, tolerance)
+    if model.num_experts > 0:
+        ours_did, theirs_did = ({n: each.pop(n) for n in ROUTING} for each in (actual, expected))
+        yield difference("routing", ours_did, theirs_did, tolerance)
     yield difference("gradients", actual, expected, tolerance)
     del actual, expected
 
     start = start_of(bundle, model)
-    what = f"AdamW, update {start.count + 1}"
+    what = f"{OPTIMIZERS[start.config.optimizer.name]}, update {start.count + 1}"
     yield difference(
         what, ours.step(start, sample.batch), theirs.step(start, sample.batch), tolerance
     )

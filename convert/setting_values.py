@@ -17,11 +17,45 @@ SHARED_SETTINGS = {
     "num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta", "rms_norm_eps",
     "tie_word_embeddings",
 }  # fmt: skip
-# Settings that change no number of a forward pass.
+# Settings that Hugging Face folders hold as well, where an architecture of transformers has them.
+HUGGING_FACE_SETTINGS = {
+    "qk_norm", "rope_type", "rope_factor", "rope_original_max_position_embeddings",
+    "rope_low_freq_factor", "rope_high_freq_factor", "rope_beta_fast", "rope_beta_slow",
+    "rope_attention_factor", "num_experts", "num_experts_per_tok", "num_shared_experts",
+    "moe_intermediate_size", "norm_topk_prob",
+}  # fmt: skip
+# Settings that change no number of a forward pass: how it is computed, and how it is trained.
 EXECUTION_SETTINGS = {
     "compute_dtype", "attention", "activation_checkpointing", "scan_layers", "initializer_range",
     "embedding_dropout", "attention_dropout", "residual_dropout", "mlp_dropout",
+    "router_aux_loss_coef", "router_aux_loss_level", "router_z_loss_coef",
 }  # fmt: skip
+_EXPERT_SETTINGS = {
+    "num_experts_per_tok", "num_shared_experts", "moe_intermediate_size", "norm_topk_prob",
+}  # fmt: skip
+_ROPE_SETTINGS = {
+    "default": set(),
+    "linear": {"rope_factor"},
+    "llama3": {
+        "rope_factor", "rope_original_max_position_embeddings", "rope_low_freq_factor",
+        "rope_high_freq_factor",
+    },
+    "yarn": {
+        "rope_factor", "rope_original_max_position_embeddings", "rope_beta_fast", "rope_beta_slow",
+        "rope_attention_factor",
+    },
+}  # fmt: skip
+
+
+def computed_settings(model: ModelConfig) -> dict[str, Any]:
+    """List the settings that change this model's forward pass, those to come among them.
+
+    Without those of what the model does not have: experts, an MLP, another stretching.
+    """
+    idle = {"intermediate_size"} if model.num_experts > 0 else _EXPERT_SETTINGS
+    idle = idle | set().union(*_ROPE_SETTINGS.values()) - _ROPE_SETTINGS[model.rope_type]
+    table = dataclasses.asdict(model)
+    return {name: v for name, v in table.items() if name not in EXECUTION_SETTINGS | idle}
 
 
 def check_values(
@@ -65,20 +99,20 @@ def check_values(
 
 
 def check_held(model: ModelConfig, *, to: str) -> None:
-    """Refuse a model that computes what formats of others do not hold, before it is written.
+    """Refuse a model that is no plain Llama, before a format writes it that holds nothing else.
 
     Raises:
         InputError: every such setting, by name.
     """
+    usual = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
     others = [
-        f"{field.name}={getattr(model, field.name)}"
-        for field in dataclasses.fields(ModelConfig)
-        if field.name not in SHARED_SETTINGS | EXECUTION_SETTINGS
-        and getattr(model, field.name) != field.default
+        f"{name}={value}"
+        for name, value in computed_settings(model).items()
+        if name not in SHARED_SETTINGS and value != usual[name]
     ]
     if others:
         raise InputError(
-            f"{to}: {', '.join(others)} is not held by this format. Use --to orbax, torch or "
+            f"{to}: {', '.join(others)} is not held by this format. Use --to hf, orbax, torch or "
             "safetensors."
         )
 

@@ -1,4 +1,4 @@
-"""A bundle as transformers' own Llama: the oracle beside the twins, which could share a mistake."""
+"""A bundle as transformers' own model: the oracle beside the twins, which could share a mistake."""
 
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from convert.formats import huggingface
 
 
 class TransformersSide:
-    """The model as `LlamaForCausalLM` reads it from the folder that `--to hf` writes.
+    """The model as `AutoModelForCausalLM` reads it from the folder that `--to hf` writes.
 
     It computes norms, angles and softmax in float32, whatever its weights are.
 
@@ -22,20 +22,23 @@ class TransformersSide:
     """
 
     def __init__(self, bundle: Bundle, *, dtype: str):
-        from transformers import LlamaForCausalLM
+        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder) / "model"
             huggingface.write(bundle, place)
-            model: Any = LlamaForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 place, local_files_only=True, attn_implementation="eager"
             )
             # The files may be mapped; the copy must not need them any longer.
             self._model = model.to(getattr(torch, dtype)).eval()
             for weight in self._model.parameters():
                 weight.data = weight.data.clone()
+        if hasattr(self._model, "set_experts_implementation"):  # transformers 5
+            # Its usual product of all experts at once takes no float64.
+            self._model.set_experts_implementation("eager")
         settings = self._model.generation_config
         settings.eos_token_id, settings.pad_token_id = None, 0
 

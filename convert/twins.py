@@ -21,7 +21,6 @@ from tinyllm_jax.model import kv_cache as jax_cache
 from tinyllm_jax.model import weights as jax_weights
 from tinyllm_jax.model.layers import compute_dtype as jax_dtype
 from tinyllm_jax.model.rope import rope_tables as jax_rope_tables
-from tinyllm_jax.objectives import losses as jax_losses
 from tinyllm_jax.objectives import pretrain as jax_pretrain
 from tinyllm_jax.training import optim as jax_optim
 from tinyllm_jax.training import step as jax_step
@@ -30,7 +29,6 @@ from tinyllm_torch.inference import sampling as torch_sampling
 from tinyllm_torch.model import kv_cache as torch_cache
 from tinyllm_torch.model import weights as torch_weights
 from tinyllm_torch.model.layers import compute_dtype as torch_dtype
-from tinyllm_torch.objectives import losses as torch_losses
 from tinyllm_torch.objectives import pretrain as torch_pretrain
 from tinyllm_torch.training import optim as torch_optim
 from tinyllm_torch.training import step as torch_step
@@ -83,11 +81,15 @@ class Side(Protocol):
     """What either framework computes."""
 
     def numbers(self, batch: Mapping[str, np.ndarray]) -> Arrays:
-        """Compute `logits`, `loss` and the gradient of every weight."""
+        """Compute `logits`, `loss` and the gradient of every weight.
+
+        With experts, also what their routers did, under the names that training tells
+        (`router_balance_loss`, `router_z_loss`, `expert_load`); their losses are in the gradient.
+        """
         ...
 
     def step(self, start: Start, batch: Mapping[str, np.ndarray]) -> Arrays:
-        """Take one AdamW step: loss, norm, learning rate, new weights and moments."""
+        """Take one step of the run's optimizer: norm, learning rate, new weights and moments."""
         ...
 
     def by_layer(self, tokens: np.ndarray) -> list[np.ndarray]:
@@ -124,14 +126,14 @@ class JaxSide:
         def loss_and_logits(weights: Any, batch: Any) -> Any:
             model = jax_weights.merge_weights(self._structure, weights)
             logits = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-            summed = jax_losses.cross_entropy_sum(logits, batch["targets"], batch["loss_mask"])
-            return summed / jax_pretrain.count_targets(batch), logits
+            minimised, told = jax_pretrain.next_token_loss(model, batch, None)
+            count = jax_pretrain.count_targets(batch)
+            return minimised / count, {"logits": logits} | {n: x / count for n, x in told.items()}
 
         with self._precision():
             run = jax.jit(jax.value_and_grad(loss_and_logits, has_aux=True))
-            (loss, logits), gradients = run(self._weights, dict(batch))
-            found = {"logits": np.asarray(logits), "loss": np.asarray(loss)}
-            return found | from_jax(jax.device_get(gradients))
+            (_, found), gradients = jax.device_get(run(self._weights, dict(batch)))
+            return found | from_jax(gradients)
 
     def step(self, start: Start, batch: Mapping[str, np.ndarray]) -> Arrays:
         with self._precision():
@@ -215,14 +217,15 @@ class TorchSide:
 
     def numbers(self, batch: Mapping[str, np.ndarray]) -> Arrays:
         tensors = torch_step.as_device_batch(batch, device=torch.device("cpu"))
-        logits = self._model(tensors["tokens"], tensors["positions"], tensors["segment_ids"])
-        summed = torch_losses.cross_entropy_sum(logits, tensors["targets"], tensors["loss_mask"])
-        loss = summed / torch_pretrain.count_targets(tensors)
+        with torch.no_grad():
+            logits = self._model(tensors["tokens"], tensors["positions"], tensors["segment_ids"])
+        minimised, told = torch_pretrain.next_token_loss(self._model, tensors, None)
+        count = torch_pretrain.count_targets(tensors)
         names, parameters = zip(*self._model.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(loss, parameters)
-        found = {"logits": logits.detach(), "loss": loss.detach()}
+        gradients = torch.autograd.grad(minimised / count, parameters)
+        found = {"logits": logits} | {name: number / count for name, number in told.items()}
         found |= dict(zip(names, gradients, strict=True))
-        return {name: tensor.numpy() for name, tensor in found.items()}
+        return {name: tensor.detach().numpy() for name, tensor in found.items()}
 
     def step(self, start: Start, batch: Mapping[str, np.ndarray]) -> Arrays:
         moments = torch_optim.Moments(

@@ -10,7 +10,7 @@ import numpy as np
 
 from convert.bundle import Bundle, digest, to_jax
 from convert.checks import listed
-from convert.setting_values import EXECUTION_SETTINGS
+from convert.setting_values import computed_settings
 from convert.tokenizer_files import sample_texts
 from tinyllm_jax.config import ModelConfig, RunConfig, config_to_table
 from tinyllm_jax.data.tokenizer import Tokenizer
@@ -146,7 +146,7 @@ def compare(
         different = sorted(n for n in names if source.digests.get(n) != copy.digests.get(n))
         problems += [f"{listed(different)} changed"] if different else []
     problems += _changes(source.counters, copy.counters)
-    problems += _changes(_computed(source.model), _computed(copy.model))
+    problems += _changes(computed_settings(source.model), computed_settings(copy.model))
     if tokenizers is not None:
         problems += _changed_tokenizer(*tokenizers, whole=whole_tokenizer)
     gap = np.abs(source.logits.astype(np.float64) - copy.logits.astype(np.float64))
@@ -181,12 +181,6 @@ def _counters(bundle: Bundle, with_training: bool) -> dict[str, Any]:
     best = {f"best.{name}": value for name, value in (training.best or {}).items()}
     settings = config_to_table(dataclasses.replace(training.config, run=RunConfig()))
     return {name: getattr(training, name) for name in names} | best | flatten(settings)
-
-
-def _computed(model: ModelConfig) -> dict[str, Any]:
-    """List the settings that change the forward pass, those to come among them."""
-    table = dataclasses.asdict(model)
-    return {name: value for name, value in table.items() if name not in EXECUTION_SETTINGS}
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

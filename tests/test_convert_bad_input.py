@@ -186,7 +186,7 @@ def scaled_rope(word: str):
 
 
 def old_scaled_rope(folder: Path) -> Path:
-    return with_config(folder, rope_scaling={"type": "linear", "factor": 2.0})
+    return with_config(folder, rope_scaling={"type": "dynamic", "factor": 2.0})
 
 
 def another_architecture(folder: Path) -> Path:
@@ -229,10 +229,9 @@ CASES = {
     empty_file: "x.pt: an empty file",
     damaged_folder: r"x: damaged checkpoint \(model.safetensors does not have its checksum\)",
     tied_with_another_head: "tie_word_embeddings is true, and lm_head.weight is not",
-    scaled_rope("linear"): "rotary positions scaled by linear",
-    scaled_rope("llama3"): "rotary positions scaled by llama3",
-    scaled_rope("yarn"): "rotary positions scaled by yarn",
-    old_scaled_rope: r"rotary positions scaled by linear \(rope_scaling\)",
+    scaled_rope("longrope"): "rotary positions scaled by longrope",
+    scaled_rope("llama3"): "rotary positions scaled by llama3 without low_freq_factor",
+    old_scaled_rope: r"rotary positions scaled by dynamic \(rope_scaling\)",
     another_architecture: "model_type=gemma2 is not computed as a Llama is",
     settings_out_of_range: "num_attention_heads=5",
     broken_config: "config.json: not JSON",

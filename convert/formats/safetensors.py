@@ -76,7 +76,7 @@ def write(bundle: Bundle, path: Path) -> None:
 
 
 def moments_of(bundle: Bundle) -> Arrays:
-    """List both moments under prefixed names."""
+    """List the moments under prefixed names."""
     training = bundle.training
     if training is None:
         return {}

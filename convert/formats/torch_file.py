@@ -25,8 +25,8 @@ from convert.bundle import (
     meta_table,
 )
 from convert.checks import finite_number, plain_table, read_count
-from convert.formats.huggingface import check_config, read_config
 from convert.formats.safetensors import tokenizer_from_bytes
+from convert.hugging_face_config import check_config, read_config
 from convert.layout import INTERLEAVED, half_split
 from convert.names import bundle_name, foreign_model, plain_names
 from convert.torch_archive import load

@@ -47,7 +47,7 @@ class Linear(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         out = jnp.einsum("re,ef->rf", rows, kernel, precision=matmul_precision(x.dtype))
-        return out.reshape(*x.shape[:-1], -1)
+        return out.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Embedding(nnx.Module):

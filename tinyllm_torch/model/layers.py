@@ -46,7 +46,7 @@ class Linear(nn.Module):
         kernel = self.weight.T.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         out = torch.einsum("re,ef->rf", rows, kernel)
-        return out.reshape(*x.shape[:-1], -1)
+        return out.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Embedding(nn.Module):

@@ -51,10 +51,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "dense, AdamW": {},
     "dense, Muon": {"optimizer.name": "muon"},
     "2 of 8 experts, AdamW": EXPERTS,
-    "2 of 8 experts, Muon": {**EXPERTS, "optimizer.name": "muon"},
 }
-RATES = (2e-3, 4e-3)
-COLORS = ("#6ea8dc", "#e07b39", "#3f9b5f", "#a05fb0")
+RATES = (4e-3, 8e-3)
+COLORS = ("#6ea8dc", "#e07b39", "#3f9b5f")
 
 
 def train(folder: Path, data: list[str], settings: Mapping[str, Any]) -> None:

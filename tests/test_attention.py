@@ -10,6 +10,7 @@ import pytest
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.attention import (
     attention,
+    block_size,
     choose_implementation,
     reference_attention,
     segment_mask,
@@ -70,6 +71,7 @@ def test_every_implementation_equals_the_formula(
             k,
             v,
             mask=None if mask is None else jnp.asarray(mask),
+            causal=mask_name != "cache",
             implementation=implementation,
             dropout_rate=0.0,
             dropout_key=None,
@@ -78,12 +80,59 @@ def test_every_implementation_equals_the_formula(
     np.testing.assert_allclose(actual, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("length", [64, 65, 150, 600])
+@pytest.mark.parametrize("documents", [1, 3])
+def test_blocks_of_queries_change_no_output_and_no_gradient(length: int, documents: int) -> None:
+    """`causal=False` with the causal mask is the same thing in one block."""
+    query, key, value = inputs(heads=4, kv_heads=2, queries=length, keys=length, dtype=np.float64)
+    segment_ids = np.sort(np.random.default_rng(1).integers(1, documents + 1, (2, length)))
+    whole = np.asarray(segment_mask(jnp.asarray(segment_ids)))
+    given = None if documents == 1 else whole
+
+    def numbers(mask: np.ndarray | None, causal: bool) -> Any:
+        def run(*inputs: jax.Array) -> jax.Array:
+            return reference_attention(
+                *inputs,
+                mask=None if mask is None else jnp.asarray(mask),
+                causal=causal,
+                dropout_rate=0.0,
+                dropout_key=None,
+            )
+
+        out, pull = jax.vjp(jax.jit(run), *map(jnp.asarray, (query, key, value)))
+        return out, *pull(jnp.sin(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
+
+    with jax.enable_x64(True):
+        assert 1 <= -(-length // block_size(length)) <= 8
+        for one, other in zip(numbers(given, True), numbers(whole, False), strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
+
+
+def test_the_masked_half_of_long_rows_is_not_multiplied() -> None:
+    def products(causal: bool) -> float:
+        x, mask = jnp.ones((1, 512, 2, 16)), jnp.ones((1, 512, 512), bool)
+
+        def run(x: jax.Array) -> jax.Array:
+            return reference_attention(
+                x, x, x, mask=mask, causal=causal, dropout_rate=0.0, dropout_key=None
+            )
+
+        analysis: Any = jax.jit(run).lower(x).compile().cost_analysis()
+        return analysis["flops"]
+
+    assert products(True) < 0.6 * products(False)
+
+
 def test_the_reference_keeps_float64() -> None:
     query, key, value = inputs(heads=4, kv_heads=2, dtype=np.float64)
     causal = np.broadcast_to(np.tril(np.ones((10, 10), bool)), (2, 10, 10))
     with jax.enable_x64(True):
         actual = reference_attention(
-            *map(jnp.asarray, (query, key, value)), mask=None, dropout_rate=0.0, dropout_key=None
+            *map(jnp.asarray, (query, key, value)),
+            mask=None,
+            causal=True,
+            dropout_rate=0.0,
+            dropout_key=None,
         )
     assert actual.dtype == np.float64
     np.testing.assert_allclose(actual, by_loops(query, key, value, causal), atol=1e-13)
@@ -91,7 +140,8 @@ def test_the_reference_keeps_float64() -> None:
 
 def test_bfloat16_scores_are_computed_in_float32() -> None:
     query, key, value = (jnp.asarray(x, jnp.bfloat16) for x in inputs(heads=4, kv_heads=2))
-    settings: dict[str, Any] = {"mask": None, "dropout_rate": 0.0, "dropout_key": None}
+    settings: dict[str, Any] = {"mask": None, "causal": True}
+    settings |= {"dropout_rate": 0.0, "dropout_key": None}
     actual = reference_attention(query, key, value, **settings)
     wide = reference_attention(*(x.astype(jnp.float32) for x in (query, key, value)), **settings)
     assert actual.dtype == jnp.bfloat16
@@ -121,6 +171,7 @@ def test_attention_dropout_keeps_the_mean_and_needs_a_key() -> None:
             key,
             value,
             mask=None,
+            causal=True,
             implementation="auto",
             dropout_rate=0.3,
             dropout_key=dropout_key,
@@ -131,6 +182,7 @@ def test_attention_dropout_keeps_the_mean_and_needs_a_key() -> None:
         key,
         value,
         mask=None,
+        causal=True,
         implementation="xla",
         dropout_rate=0.3,
         dropout_key=None,
@@ -165,6 +217,7 @@ def test_cudnn_without_a_gpu_says_what_to_type() -> None:
             key,
             value,
             mask=None,
+            causal=True,
             implementation="cudnn",
             dropout_rate=0.0,
             dropout_key=None,
@@ -203,6 +256,7 @@ def test_cudnn_equals_the_reference(kv_heads: int, mask_name: str) -> None:
             key,
             value,
             mask=None if mask is None else jnp.asarray(mask),
+            causal=mask_name != "cache",
             implementation=implementation,
             dropout_rate=0.0,
             dropout_key=None,

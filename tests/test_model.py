@@ -288,6 +288,7 @@ def test_a_key_changes_nothing_when_all_rates_are_zero() -> None:
 PARAMETERS = {
     "medium": None,
     "minimind_26m": (25_829_888, 22_553_088),
+    "minimind_moe": (95_052_288, 91_775_488),
     "stories_110m": (109_529_856, 84_953_856),
     "stories_15m": (15_191_712, 5_975_712),
     "stories_260k": (260_032, 227_264),
@@ -545,7 +546,7 @@ def test_scanning_compiles_one_block_and_recomputing_keeps_less() -> None:
 
     plain = compiled(deep)
     scanned = compiled(changed(deep, scan_layers=True))
-    assert len(scanned.as_text()) < len(plain.as_text()) / 2
+    assert len(scanned.as_text()) < 0.7 * len(plain.as_text())
     # XLA's CPU compiler finds the same product twice in straight code and keeps the first, so what
     # is computed again shows across the bounds of a loop only.
     full, dots = (

@@ -33,6 +33,7 @@ from tinyllm_jax.training.optim import (
     read_moments,
     write_moments,
 )
+from tinyllm_jax.training.parallel import make_parallel
 from tinyllm_torch import train as torch_train
 from tinyllm_torch.model import weights as torch_weights
 from tinyllm_torch.objectives import pretrain as torch_pretrain
@@ -153,7 +154,7 @@ def test_wsd_stays_at_the_peak_and_goes_down_linearly_at_the_end_as_joined_in_op
         optax.constant_schedule(1e-2),
         optax.linear_schedule(1e-2, 1e-3, 10),
     ]
-    theirs = optax.join_schedules(pieces, [5, 30])
+    theirs: Any = optax.join_schedules(pieces, [5, 30])
     schedule = learning_rate_schedule(config)
     for update in range(1, 60):
         assert float(schedule(update)) == pytest.approx(float(theirs(update)), rel=1e-6)
@@ -539,9 +540,12 @@ def test_a_run_under_muon_goes_on_bitwise_from_its_checkpoint(
     framework: str, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     config = small_config(**MUON)
-    make_state, make_step, files, start = {
-        "jax": (jax_step.new_state, jax_stepper, jax_checkpoint, jax_start),
-        "torch": (torch_step.new_state, torch_stepper, torch_checkpoint, torch_start),
+    make_state, make_step, files, start, devices = {
+        "jax": (
+            *(jax_step.new_state, jax_stepper, jax_checkpoint, jax_start),
+            [make_parallel(config)],
+        ),
+        "torch": (torch_step.new_state, torch_stepper, torch_checkpoint, torch_start, []),
     }[framework]
     weights = {"jax": jax_weights, "torch": torch_weights}[framework]
     step, state = (
@@ -556,7 +560,7 @@ def test_a_run_under_muon_goes_on_bitwise_from_its_checkpoint(
     found = files.read_checkpoint(folder)
     begun = start.Start(config, tmp_path, found, None)
     start.check_resume(found, config, tmp_path)
-    resumed = start.first_state(begun)
+    resumed = start.first_state(begun, *devices)
     for number in range(3, 6):
         state, _ = step(state, random_batch(number))
         resumed, _ = step(resumed, random_batch(number))

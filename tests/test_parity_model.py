@@ -340,12 +340,20 @@ def test_attention_falls_back_to_the_reference_where_it_drops_weights() -> None:
         x,
         value,
         mask=None,
+        causal=True,
         implementation="auto",
         dropout_rate=0.5,
         generator=torch.Generator().manual_seed(0),
     )
     plain = attention(
-        x, x, value, mask=None, implementation="auto", dropout_rate=0.5, generator=None
+        x,
+        x,
+        value,
+        mask=None,
+        causal=True,
+        implementation="auto",
+        dropout_rate=0.5,
+        generator=None,
     )
     assert not torch.equal(mixed, plain)
     assert torch.equal(plain[0, :, 0, 0], torch.tensor([0, 0.5, 1, 1.5], dtype=torch.bfloat16))

@@ -20,7 +20,8 @@ MIRRORED += [
 ]
 ONLY_IN_JAX = {
     "inference/generate.py": {"Generator.compilations", "bucket"},  # nothing is compiled
-    "model/attention.py": {"suits_cudnn"},  # torch picks its kernel by itself
+    # torch picks its kernel by itself, and multiplies the masked half with the rest
+    "model/attention.py": {"suits_cudnn", "block_size"},
     "model/layers.py": {"matmul_precision"},  # torch multiplies in float32 unless told
     # torch loops over experts
     "model/moe.py": {
@@ -30,7 +31,7 @@ ONLY_IN_JAX = {
     "training/optim.py": {"read_moments", "write_moments"},  # its state has that form already
 }
 # Rooms that the twin's plain forms need not have.
-ONLY_IN_JAX_FILES = {"model/grouped_dot.py"}
+ONLY_IN_JAX_FILES = {"model/grouped_dot.py", "model/placement.py"}
 ONLY_IN_TORCH = {
     "inference/language_model.py": {"model_from_bundle", "bundle_from_model"},
     "inference/sampling.py": {"first_largest"},  # jnp.argmax

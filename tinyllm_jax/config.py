@@ -5,6 +5,7 @@ over them (`--section.key VALUE`).
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -483,6 +484,74 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How one run is divided among several devices; numbers are those of one device, but rounding.
+
+    docs/parallel.md says how to choose.
+    """
+
+    strategy: str = setting(
+        "mesh",
+        "mesh: one program for a grid of devices, of the four sizes here; pmap: the older way, with "
+        "whole weights on each device, for comparison",
+        choices=("mesh", "pmap"),
+    )
+    data: int = setting(
+        -1,
+        "groups of devices that divide the rows, each with whole weights; -1 is as many as are left "
+        "and can divide the rows of a pass",
+        unit="groups",
+        minimum=-1,
+    )
+    fsdp: int = setting(
+        1,
+        "devices that divide the rows, and the weights and moments besides; -1 is all that are left",
+        unit="devices",
+        minimum=-1,
+    )
+    tensor: int = setting(
+        1,
+        "devices that divide heads, hidden layers and vocabulary of the same rows; -1 is all that "
+        "are left",
+        unit="devices",
+        minimum=-1,
+    )
+    expert: int = setting(
+        1,
+        "devices that divide the rows, and the experts besides; -1 is all that are left",
+        unit="devices",
+        minimum=-1,
+    )
+
+    def problems(self) -> list[str]:
+        """List the rules between these settings that are broken."""
+        found = [
+            f"parallel.{axis}=0 leaves no device. Use 1, or -1 for all that are left."
+            for axis, size in self.sizes().items()
+            if size == 0
+        ]
+        filling = [axis for axis, size in self.sizes().items() if size == -1]
+        if len(filling) > 1:
+            flags = " ".join(f"--parallel.{axis} 1" for axis in filling[:-1])
+            found.append(
+                f"{', '.join(f'parallel.{axis}=-1' for axis in filling)}: only one size can be all "
+                f"that are left. Add {flags}, or other numbers."
+            )
+        divided = [axis for axis in ("fsdp", "tensor", "expert") if self.sizes()[axis] != 1]
+        if self.strategy == "pmap" and divided:
+            flags = " ".join(f"--parallel.{axis} 1" for axis in divided)
+            found.append(
+                "parallel.strategy=pmap only divides rows, and parallel."
+                f"{divided[0]}={self.sizes()[divided[0]]}. Use --parallel.strategy mesh, or {flags}."
+            )
+        return found
+
+    def sizes(self) -> dict[str, int]:
+        """Give the size of each axis of the grid, in the order of the grid."""
+        return {name: getattr(self, name) for name in ("data", "fsdp", "expert", "tensor")}
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Where the run lives and what it starts from."""
 
@@ -516,11 +585,15 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
     def problems(self) -> list[str]:
         """List every rule between settings that is broken."""
-        found = self.model.problems()
+        found = self.model.problems() + self.parallel.problems()
+        found += self.division_problems(
+            {axis: max(size, 1) for axis, size in self.parallel.sizes().items()}
+        )
         optimizer = self.optimizer
         if self.data.sequence_length > self.model.max_position_embeddings:
             found.append(
@@ -541,6 +614,45 @@ class Config:
             found.append(
                 "run.resume and run.init_from are both set. Keep --resume to go on with a run, or "
                 "--init-from to start a new one from its weights."
+            )
+        return found
+
+    def division_problems(self, sizes: Mapping[str, int]) -> list[str]:
+        """List what a grid of devices cannot divide evenly, each with the numbers that it could.
+
+        Args:
+            sizes: Devices along each axis, at least 1.
+        """
+        model, found = self.model, []
+        inner = "moe_intermediate_size" if model.num_experts > 0 else "intermediate_size"
+        divided = {
+            "fsdp": ("hidden_size",),
+            "tensor": ("num_attention_heads", "num_key_value_heads", inner, "vocab_size"),
+            "expert": ("num_experts",),
+        }
+        for axis, names in divided.items():
+            whole = [getattr(model, name) for name in names]
+            for name, number in zip(names, whole, strict=True):
+                if sizes[axis] > 1 and (number % sizes[axis] or number == 0):
+                    fitting = divisors(math.gcd(*whole)) or [1]
+                    found.append(
+                        f"parallel.{axis}={sizes[axis]} does not divide model.{name}={number}. Use "
+                        f"one of {fitting}."
+                    )
+                    break
+        rows, devices = self.train.batch_size, sizes["data"] * sizes["fsdp"] * sizes["expert"]
+        if rows % devices:
+            below, above = rows // devices * devices, -(-rows // devices) * devices
+            found.append(
+                f"parallel.data x fsdp x expert = {devices} does not divide train.batch_size={rows} "
+                f"(rows of a pass). Use --batch-size {f'{below} or ' if below else ''}{above}, or "
+                f"sizes with a product of {divisors(rows)}."
+            )
+        if self.parallel.strategy == "pmap" and model.num_experts > 0:
+            found.append(
+                f"parallel.strategy=pmap trains no experts, and model.num_experts="
+                f"{model.num_experts}: their load must be known over all rows. Use "
+                "--parallel.strategy mesh."
             )
         return found
 

@@ -112,7 +112,7 @@ def show_device(config: Config) -> None:
         config.model.attention, dtype, dropout_rate=config.model.attention_dropout
     )
     print(f"activations {dtype.name}, weights {parameter_dtype(config.model).name}, "
-          f"attention {kernel}, peak {peak_flops() / 1e12:.3g} TFLOP/s")  # fmt: skip
+          f"attention {kernel}, peak {peak_flops(devices=1) / 1e12:.3g} TFLOP/s")  # fmt: skip
 
 
 def show_batch(batch: "dict[str, np.ndarray]", tokenizer: "Tokenizer") -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tinyllm_jax.data.prepare import PreparedData
     from tinyllm_jax.data.tokenizer import Tokenizer
     from tinyllm_jax.training.loop import Outcome
+    from tinyllm_jax.training.parallel import Parallel
     from tinyllm_jax.training.start import Start
 
 
@@ -39,6 +40,7 @@ def main(words: Sequence[str] | None = None) -> int:
     from tinyllm_jax.objectives.pretrain import make_pretraining
     from tinyllm_jax.training.dry_run import dry_run
     from tinyllm_jax.training.loop import Identity, fit
+    from tinyllm_jax.training.parallel import make_parallel
     from tinyllm_jax.training.start import (
         best_so_far,
         check_folder,
@@ -69,18 +71,20 @@ def main(words: Sequence[str] | None = None) -> int:
             )
             return 0
         set_up_jax(config)
+        parallel = make_parallel(config)
         prepared = prepare(config, progress=sys.stderr.isatty(), tokenizer=tokenizer_of(start))
         check_data(start.source, start.resumed, prepared)
         objective = make_pretraining(config, prepared)
         sample = make_sampler(config, prepared.tokenizer)
-        say_what_starts(start, prepared)
+        say_what_starts(start, prepared, parallel)
         open_folder(start, prepared, say=say)
         structure, _ = model_structure(config.model)
         outcome = fit(
             objective,
-            first_state(start),
+            first_state(start, parallel),
             structure=structure,
             config=config,
+            parallel=parallel,
             folder=folder,
             identity=Identity(prepared.tokenizer, prepared.dataset_hash),
             best=best_so_far(start),
@@ -166,7 +170,7 @@ def refuse_second_run(folder: Path) -> None:
     )
 
 
-def say_what_starts(start: "Start", prepared: "PreparedData") -> None:
+def say_what_starts(start: "Start", prepared: "PreparedData", parallel: "Parallel") -> None:
     """Print what is about to be trained, on what and where."""
     import jax
 
@@ -183,6 +187,8 @@ def say_what_starts(start: "Start", prepared: "PreparedData") -> None:
     train, validation = prepared.train, prepared.validation
     tokens_per_step = config.rows_per_step * config.data.sequence_length
     say(f"Device   {device.device_kind} ({device.platform}), {dtype.name}, attention {kernel}")
+    if parallel.description:
+        say(f"Divided  {parallel.description}")
     active = count_active_parameters(config.model)
     idle = f", {active:,} active for each token" if active < total else ""
     say(f"Model    {total:,} parameters, {outside:,} without the embedding{idle}")

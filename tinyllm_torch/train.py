@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tinyllm_jax.cli import run
-from tinyllm_jax.config import Config, preset_names
+from tinyllm_jax.config import Config, ParallelConfig, preset_names
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.settings import Parser, add_flags, parse_flags
 
@@ -50,6 +50,11 @@ def main(words: Sequence[str] | None = None) -> int:
         raise InputError(
             "run.dry_run: the twin has no compiler to ask for memory and time. Use python -m "
             "tinyllm_jax.train --dry-run with the same flags."
+        )
+    if config.parallel != ParallelConfig():
+        raise InputError(
+            "parallel: the twin trains on one device. Add --parallel.strategy mesh --parallel.data -1 "
+            "--parallel.fsdp 1 --parallel.tensor 1 --parallel.expert 1."
         )
     if start.resumed and start.resumed.step >= config.train.max_steps:
         say(

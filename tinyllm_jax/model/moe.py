@@ -5,7 +5,7 @@ renormalisation: transformers, models/qwen3_moe/modeling_qwen3_moe.py; experts t
 passes: Dai et al. 2024, arXiv:2401.06066.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from tinyllm_jax.config import ModelConfig
 from tinyllm_jax.model.dropout import dropout
 from tinyllm_jax.model.grouped_dot import grouped_dot
 from tinyllm_jax.model.layers import MLP, Linear, matmul_precision, parameter_dtype
+from tinyllm_jax.model.placement import placement
 
 
 class Routing(NamedTuple):
@@ -66,6 +67,7 @@ class Experts(nnx.Module):
             experts, inner, hidden, std=residual_std, dtype=dtype, rngs=rngs
         )
         self.dropout_rate = config.mlp_dropout
+        self.num_experts = experts
 
     def __call__(
         self,
@@ -74,10 +76,24 @@ class Experts(nnx.Module):
         *,
         dropout_key: PRNGKeyArray | None,
     ) -> Float[Array, "rows hidden"]:
-        """Pass rows that are sorted by expert through their experts."""
-        inner = jax.nn.silu(self.gate_proj(rows, group_sizes)) * self.up_proj(rows, group_sizes)
-        inner = dropout(inner, rate=self.dropout_rate, key=dropout_key)
-        return self.down_proj(inner, group_sizes)
+        """Pass rows that are sorted by expert through their experts.
+
+        Rows behind those of the last group are of experts that are not here, and become zero.
+        """
+        has_all = len(group_sizes) == self.num_experts
+        inside = jnp.arange(len(rows))[:, None] < jnp.sum(group_sizes)
+
+        # Nothing is promised of products with those rows, so they are cleared on every side, which
+        # clears them backward, too.
+        def cleared(rows: Array) -> Array:
+            return rows if has_all else jnp.where(inside, rows, 0)
+
+        rows = cleared(rows)
+        gate, up = (
+            cleared(project(rows, group_sizes)) for project in (self.gate_proj, self.up_proj)
+        )
+        inner = dropout(jax.nn.silu(gate) * up, rate=self.dropout_rate, key=dropout_key)
+        return cleared(self.down_proj(inner, group_sizes))
 
 
 class MoE(nnx.Module):
@@ -110,7 +126,9 @@ class MoE(nnx.Module):
         # The choice is made at least in float32: rounding would make ties of near probabilities.
         logits = self.gate(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
         probabilities = jax.nn.softmax(logits, axis=-1)
-        weights, choices = jax.lax.top_k(probabilities, config.num_experts_per_tok)
+        weights, choices = placement().by_row(
+            lambda rows: jax.lax.top_k(rows, config.num_experts_per_tok), probabilities
+        )
         if config.norm_topk_prob:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         mixed = self.mix(x, weights.astype(x.dtype), choices, dropout_key=keys[0])
@@ -127,15 +145,27 @@ class MoE(nnx.Module):
         dropout_key: PRNGKeyArray | None,
     ) -> Float[Array, "batch seq hidden"]:
         """Add up the outputs of each token's experts, times their weights."""
-        per_token = weights.shape[-1]
-        # One row for each choice, sorted so that each expert's rows stand together.
-        order = jnp.argsort(choices.reshape(-1), stable=True)
-        places = jnp.argsort(order)
-        group_sizes = jnp.bincount(choices.reshape(-1), length=self.config.num_experts)
-        rows = jnp.repeat(x.reshape(-1, x.shape[-1]), per_token, axis=0)
-        rows = self.experts(permute(rows, order, places), group_sizes, dropout_key=dropout_key)
-        rows = permute(rows, places, order).reshape(*choices.shape, -1)
-        return jnp.sum(weights[..., None] * rows, axis=2)
+        structure, kernels = nnx.split(self.experts)
+        count = self.config.num_experts
+
+        def mix(
+            kernels: Any, x: Array, weights: Array, choices: Array, key: Array | None, first: Any
+        ) -> Array:
+            experts = nnx.merge(structure, kernels)
+            here = experts.gate_proj.kernel.shape[0]
+            # From `first` on, so that experts that are not here come last.
+            numbers = choices.reshape(-1)
+            numbers = numbers if here == count else (numbers - first) % count
+            # One row for each choice, sorted so that each expert's rows stand together.
+            order = jnp.argsort(numbers, stable=True)
+            places = jnp.argsort(order)
+            group_sizes = jnp.bincount(numbers, length=count)[:here]
+            rows = jnp.repeat(x.reshape(-1, x.shape[-1]), weights.shape[-1], axis=0)
+            rows = experts(permute(rows, order, places), group_sizes, dropout_key=key)
+            rows = permute(rows, places, order).reshape(*choices.shape, -1)
+            return jnp.sum(weights[..., None] * rows, axis=2)
+
+        return placement().experts(mix, kernels, x, weights, choices, dropout_key)
 
 
 @jax.custom_vjp

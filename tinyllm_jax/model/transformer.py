@@ -32,6 +32,7 @@ from tinyllm_jax.model.layers import (
     parameter_dtype,
 )
 from tinyllm_jax.model.moe import MoE, Routing
+from tinyllm_jax.model.placement import placement
 from tinyllm_jax.model.rope import rope_tables, rotate
 
 # What the forward pass keeps for the backward pass; all else is computed again.
@@ -92,6 +93,7 @@ class Attention(nnx.Module):
             key,
             value,
             mask=mask,
+            causal=cache is None,
             implementation=config.attention,
             dropout_rate=config.attention_dropout,
             dropout_key=dropout_key,
@@ -209,6 +211,7 @@ class Transformer(nnx.Module):
         rope = rope_tables(positions, config, dtype=dtype)
         x = self.embed_tokens(tokens, dtype=dtype)
         x = dropout(x, rate=config.embedding_dropout, key=None if keys is None else keys[-1])
+        x = placement().residual(x)
 
         def block(
             layer: DecoderLayer, x: Array, layer_cache: LayerCache | None, key: Array | None
@@ -243,11 +246,14 @@ class Transformer(nnx.Module):
         structures, states = zip(*(nnx.split(layer) for layer in self.layers), strict=True)
 
         def pure(state: Any, x: Array, layer_cache: LayerCache | None, key: Array | None) -> Any:
-            return block(nnx.merge(structures[0], state), x, layer_cache, key)
+            layer = nnx.merge(structures[0], placement().block_weights(state))
+            x, layer_cache, routing = block(layer, x, layer_cache, key)
+            return placement().residual(x), layer_cache, routing
 
+        keeping = config.activation_checkpointing
         # Nothing is kept for a backward pass while text is generated.
-        if config.activation_checkpointing != "none" and cache is None:
-            policy = KEPT[config.activation_checkpointing]
+        if cache is None and (keeping != "none" or placement().kept is not None):
+            policy = KEPT.get(keeping, placement().kept)
             pure = jax.checkpoint(pure, policy=policy, prevent_cse=not config.scan_layers)
         if keys is not None:
             keys = keys[: config.num_hidden_layers]
@@ -285,4 +291,4 @@ class Transformer(nnx.Module):
             precision=matmul_precision(dtype),
             preferred_element_type=jnp.promote_types(dtype, jnp.float32),
         )
-        return logits.reshape(*hidden.shape[:-1], -1)
+        return placement().logits(logits.reshape(*hidden.shape[:-1], -1))

@@ -62,7 +62,10 @@ def measured_tflops(*, seconds: float) -> float:
     return 2 * size**3 / best / 1e12
 
 
-def peak_flops() -> float:
-    """Give the peak of the device in use, in FLOP/s: from the table, else measured."""
+def peak_flops(*, devices: int) -> float:
+    """Give the peak of the devices in use, in FLOP/s: from the table, else measured.
+
+    What is measured is a CPU, or so new that its share of a machine is not known, and counts once.
+    """
     known = known_peak_tflops(jax.devices()[0].device_kind)
-    return (measured_tflops(seconds=0.2) if known is None else known) * 1e12
+    return (measured_tflops(seconds=0.2) if known is None else known * devices) * 1e12

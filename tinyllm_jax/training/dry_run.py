@@ -1,6 +1,7 @@
 """Memory and time of a run before it is run: what `train --dry-run` prints."""
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinyllm_jax.config import Config
+from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.layers import compute_dtype
 from tinyllm_jax.model.weights import (
     count_active_parameters,
@@ -21,6 +23,7 @@ from tinyllm_jax.model.weights import (
 )
 from tinyllm_jax.objectives.pretrain import count_targets, next_token_loss
 from tinyllm_jax.training.devices import peak_flops
+from tinyllm_jax.training.parallel import grid_sizes, make_parallel
 from tinyllm_jax.training.step import make_train_step, new_state
 
 # The clock runs for at least two steps, and for more while they fit into this time.
@@ -53,7 +56,7 @@ def dry_run(config: Config, *, done_steps: int, say: Callable[[str], None]) -> i
     Returns:
         The exit code: 0 if the run fits into the memory, else 1.
     """
-    device, model = jax.devices()[0], config.model
+    device, model, parallel = jax.devices()[0], config.model, make_parallel(config)
     total, outside = count_parameters(model)
     active = count_active_parameters(model)
     per_token = flops_per_token(model, sequence_length=config.data.sequence_length)
@@ -61,6 +64,8 @@ def dry_run(config: Config, *, done_steps: int, say: Callable[[str], None]) -> i
     steps = max(config.train.max_steps - done_steps, 0)
     idle = f", {active:,} active for each token" if active < total else ""
     say(f"Device   {device.device_kind} ({device.platform}), {compute_dtype(model).name}")
+    if parallel.description:
+        say(f"Divided  {parallel.description}; memory is that of one device")
     say(f"Model    {total:,} parameters, {outside:,} without the embedding{idle}")
     say(f"Work     {per_token / 1e6:,.1f} MFLOP a token, {tokens:,} tokens a step, "
         f"{steps:,} steps")  # fmt: skip
@@ -77,8 +82,8 @@ def dry_run(config: Config, *, done_steps: int, say: Callable[[str], None]) -> i
         say_what_is_lighter(config, limit=limit, say=say)
         return 1
     seconds = time_step(config, compiled)
-    speed = tokens / seconds
-    say(f"Speed    {speed:,.0f} tokens/s, MFU {speed * per_token / peak_flops():.0%}")
+    speed, peak = tokens / seconds, peak_flops(devices=parallel.devices)
+    say(f"Speed    {speed:,.0f} tokens/s, MFU {speed * per_token / peak:.0%}")
     say(
         f"Run      {in_words(steps * seconds)} for {steps:,} steps, evaluations and checkpoints "
         "not counted"
@@ -89,17 +94,30 @@ def dry_run(config: Config, *, done_steps: int, say: Callable[[str], None]) -> i
 def compile_step(config: Config) -> Compiled:
     """Compile the train step of a run without making a weight or a row."""
     structure, _ = model_structure(config.model)
-    step = make_train_step(config, structure, next_token_loss, count_targets)
-    state, batch = jax.eval_shape(lambda: (first_state(config), made_up_batch(config)))
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    step, parallel = (
+        make_train_step(config, structure, next_token_loss, count_targets),
+        make_parallel(config),
+    )
+    state, batch = parallel.shapes(
+        *jax.eval_shape(lambda: (first_state(config), made_up_batch(config))),
+        passes=config.train.gradient_accumulation_steps,
+    )
+    compiled = parallel.compile_train_step(step).lower(state, batch).compile()
     memory: Any = compiled.memory_analysis()
     of_state, of_batch = (
-        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (state, batch)
+        sum(bytes_of_one_device(shape) for shape in jax.tree.leaves(tree))
+        for tree in (state, batch)
     )
     # The new state takes the place of the old one.
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     working = memory.temp_size_in_bytes + max(fresh, 0) + memory.generated_code_size_in_bytes
     return Compiled(compiled, of_state, of_batch, working)
+
+
+def bytes_of_one_device(shape: jax.ShapeDtypeStruct) -> int:
+    """Count the bytes of an array, or of the part of it that one device holds."""
+    part = shape.sharding.shard_shape(shape.shape) if shape.sharding else shape.shape
+    return math.prod(part) * shape.dtype.itemsize
 
 
 def first_state(config: Config) -> Any:
@@ -159,19 +177,37 @@ def lighter(config: Config) -> list[tuple[str, Config]]:
     rows, passes = train.batch_size, train.gradient_accumulation_steps
     while rows > 1 and len(found) < 6:
         divisor = next(d for d in range(2, rows + 1) if rows % d == 0)
-        rows, passes = rows // divisor, passes * divisor
+        smaller = dataclasses.replace(
+            train,
+            batch_size=rows // divisor,
+            gradient_accumulation_steps=passes * divisor,
+        )
+        changed = dataclasses.replace(config, train=smaller)
+        if not keeps_grid(config, changed):
+            break
+        rows, passes = smaller.batch_size, smaller.gradient_accumulation_steps
         flags = f"--batch-size {rows} --train.gradient_accumulation_steps {passes}"
-        smaller = dataclasses.replace(train, batch_size=rows, gradient_accumulation_steps=passes)
-        found.append((flags, dataclasses.replace(config, train=smaller)))
+        found.append((flags, changed))
     if rows < train.batch_size and recomputing != model:
         smallest = dataclasses.replace(found[-1][1], model=recomputing)
         found.append((f"{found[-1][0]} {recompute}", smallest))
     return found
 
 
+def keeps_grid(config: Config, changed: Config) -> bool:
+    """Tell whether the same devices can share the rows of a smaller pass."""
+    devices = len(jax.devices())
+    try:
+        return grid_sizes(changed, devices=devices) == grid_sizes(config, devices=devices)
+    except InputError:
+        return False
+
+
 def time_step(config: Config, compiled: Compiled) -> float:
     """Run some steps and give the median time of one, in seconds."""
-    state, batch = first_state(config), jax.device_get(made_up_batch(config))
+    parallel, passes = make_parallel(config), config.train.gradient_accumulation_steps
+    state = parallel.make_state(lambda: first_state(config))
+    batch = parallel.place_batch(jax.device_get(made_up_batch(config)), passes=passes)
     state, _ = jax.block_until_ready(compiled.step(state, batch))
     times: list[float] = []
     while len(times) < 2 or sum(times) < TIMING_SECONDS:

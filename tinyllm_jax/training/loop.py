@@ -18,6 +18,7 @@ from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.model.weights import Weights
 from tinyllm_jax.training.checkpoint import save_checkpoint
 from tinyllm_jax.training.metrics import MetricsFile
+from tinyllm_jax.training.parallel import Parallel
 from tinyllm_jax.training.progress import Progress
 from tinyllm_jax.training.report import write_report
 from tinyllm_jax.training.signals import stop_on_signals
@@ -66,7 +67,7 @@ class Outcome:
 
 
 def evaluate(
-    evaluation_step: Callable[..., Any], weights: Weights, batches: Iterable[HostBatch]
+    evaluation_step: Callable[..., Any], weights: Weights, batches: Iterable[dict[str, Any]]
 ) -> dict[str, Any]:
     """Average what is told of each batch over all their targets; `loss` is in nats per target."""
     found = jax.device_get([evaluation_step(weights, batch) for batch in batches])
@@ -85,6 +86,7 @@ def fit(
     *,
     structure: nnx.GraphDef,
     config: Config,
+    parallel: Parallel,
     folder: Path,
     identity: Identity,
     best: dict[str, Any] | None,
@@ -99,30 +101,36 @@ def fit(
         state: New, or from a checkpoint; its buffers are donated to the first step.
         structure: Structure of the model whose weights the state holds.
         config: All settings.
+        parallel: The devices, on which the state is.
         folder: The run folder; metrics after the state's step are dropped and come again.
         identity: Goes into every checkpoint.
         best: Lowest validation loss so far, from the checkpoint.
         sample: Writes a continuation with the weights, at each evaluation.
     """
-    train_step = jax.jit(
-        make_train_step(config, structure, objective.loss_sums, objective.loss_weight),
-        donate_argnums=0,
+    train_step = parallel.compile_train_step(
+        make_train_step(config, structure, objective.loss_sums, objective.loss_weight)
     )
-    evaluation_step = jax.jit(
+    evaluation_step = parallel.compile_evaluation_step(
         make_evaluation_step(structure, objective.loss_sums, objective.loss_weight)
     )
+
+    def placed_batch(number: int) -> dict[str, Any]:
+        passes = config.train.gradient_accumulation_steps
+        return parallel.place_batch(objective.train_batch(number), passes=passes)
+
     settings, first_step = config.train, int(state.step)
     nonfinite = ""
     with (
         MetricsFile(folder / "metrics.jsonl", resume_step=first_step) as metrics,
         Progress(first_step=first_step, max_steps=settings.max_steps) as progress,
         stop_on_signals() as wish,
-        prefetch(objective.train_batch, start_step=first_step, depth=PREFETCH_DEPTH) as batches,
+        prefetch(placed_batch, start_step=first_step, depth=PREFETCH_DEPTH) as batches,
     ):
         log = StepLog(
             folder,
             config=config,
             train_batch=objective.train_batch,
+            devices=parallel.devices,
             metrics=metrics,
             progress=progress,
         )
@@ -130,9 +138,13 @@ def fit(
         def look(step: int) -> bool:
             """Evaluate and sample; tell whether the loss is the lowest so far."""
             nonlocal best
-            means = evaluate(evaluation_step, state.weights, objective.evaluation_batches())
+            batches = (
+                parallel.place_batch(batch, passes=1) for batch in objective.evaluation_batches()
+            )
+            means = evaluate(evaluation_step, state.weights, batches)
             loss = means["loss"]
-            described, text = objective.describe_loss(loss), sample(state.weights)
+            described = objective.describe_loss(loss)
+            text = sample(parallel.one_copy(state.weights))
             metrics.write(
                 [
                     {"kind": "eval", "step": step, **means, **described},

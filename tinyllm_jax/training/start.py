@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from tinyllm_jax.config import Config, config_to_table, load_config, read_preset
@@ -15,9 +14,10 @@ from tinyllm_jax.data.files import free_name, write_file
 from tinyllm_jax.data.prepare import PreparedData
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.layers import parameter_dtype
-from tinyllm_jax.model.weights import Weights, initial_weights
+from tinyllm_jax.model.weights import initial_weights
 from tinyllm_jax.training.checkpoint import Checkpoint, open_checkpoint
 from tinyllm_jax.training.optim import Moments, has_second_moment, write_moments
+from tinyllm_jax.training.parallel import Parallel
 from tinyllm_jax.training.start_rules import (
     SNAPSHOT,
     changes,
@@ -196,23 +196,28 @@ def best_so_far(start: Start) -> dict[str, Any] | None:
     return None
 
 
-def first_state(start: Start) -> TrainState:
-    """Make the state that training begins with."""
+def first_state(start: Start, parallel: Parallel) -> TrainState:
+    """Make the state that training begins with, in its places on the devices."""
     config, dtype = start.config, parameter_dtype(start.config.model)
-    if start.source is None:
+
+    def untrained() -> TrainState:
         return new_state(config, initial_weights(config.model, seed=config.train.seed))
-    weights: Weights = {
-        name: jnp.array(array, dtype) for name, array in start.source.weights.items()
-    }
-    state = new_state(config, weights)
+
+    if start.source is None:
+        return parallel.make_state(untrained)
+    weights = parallel.place_weights(start.source.weights, dtype)
+    state = parallel.make_state(lambda weights: new_state(config, weights), weights)
     if start.resumed is None:
         return state
     moments, streak = start.resumed.moments, start.resumed.nonfinite_streak
-    first, second = jax.tree.map(lambda x: jnp.array(x, dtype), (moments.first, moments.second))
-    return TrainState(
+    first, second = (
+        parallel.place_weights(each, dtype) for each in (moments.first, moments.second)
+    )
+    resumed = TrainState(
         step=jnp.asarray(start.resumed.step, jnp.int32),
-        weights=weights,
+        weights=state.weights,
         optimizer_state=write_moments(state.optimizer_state, Moments(moments.count, first, second)),
         # A run that stopped at the limit gets as many tries again.
         nonfinite_streak=jnp.asarray(streak % config.train.max_nonfinite_steps, jnp.int32),
     )
+    return parallel.place_state(resumed)

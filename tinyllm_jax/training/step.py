@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tinyllm_jax.config import Config
+from tinyllm_jax.model.placement import placement
 from tinyllm_jax.model.weights import Weights, merge_weights
 from tinyllm_jax.training.optim import learning_rate_schedule, make_optimizer, read_moments
 
@@ -59,12 +60,14 @@ def make_train_step(
     def pass_loss(
         weights: Weights, batch: DeviceBatch, key: PRNGKeyArray, total: Float[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        weights = placement().other_weights(weights)
         sums = loss_sums(merge_weights(structure, weights), batch, key)
         return jax.tree.map(lambda x: x / total, sums)
 
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        total = jnp.maximum(loss_weight(batch), 1.0)
+        key = placement().dropout_key(key)
+        total = jnp.maximum(placement().total(loss_weight(batch)), 1.0)
         gradient_of = jax.value_and_grad(pass_loss, has_aux=True)
         if passes == 1:
             (minimised, means), gradients = gradient_of(state.weights, batch, key, total)
@@ -74,9 +77,7 @@ def make_train_step(
                 one_pass = gradient_of(state.weights, inputs[0], inputs[1], total)
                 return jax.tree.map(jnp.add, sums, one_pass), None
 
-            pieces = {
-                name: rows.reshape(passes, -1, *rows.shape[1:]) for name, rows in batch.items()
-            }
+            pieces = placement().passes(batch, count=passes)
             zeros = jax.eval_shape(
                 gradient_of, state.weights, jax.tree.map(lambda x: x[0], pieces), key, total
             )
@@ -84,6 +85,7 @@ def make_train_step(
             keys = jax.random.split(key, passes)
             ((minimised, means), gradients), _ = jax.lax.scan(add_pass, zeros, (pieces, keys))
 
+        (minimised, means), gradients = placement().total(((minimised, means), gradients))
         gradient_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(minimised) & jnp.isfinite(gradient_norm)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.weights)
@@ -119,7 +121,8 @@ def make_evaluation_step(
     def evaluation_step(
         weights: Weights, batch: DeviceBatch
     ) -> tuple[dict[str, Array], Float[Array, ""]]:
+        weights = placement().other_weights(weights)
         _, sums = loss_sums(merge_weights(structure, weights), batch, None)
-        return sums, loss_weight(batch)
+        return placement().total((sums, loss_weight(batch)))
 
     return evaluation_step

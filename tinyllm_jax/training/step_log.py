@@ -25,6 +25,7 @@ class StepLog:
     Args:
         folder: The run folder.
         train_batch: Gives a batch again, to be kept where its numbers are not finite.
+        devices: How many compute the steps.
         metrics: Takes the rows.
         progress: Shows the newest one.
     """
@@ -35,12 +36,13 @@ class StepLog:
         *,
         config: Config,
         train_batch: Callable[[int], dict[str, np.ndarray]],
+        devices: int,
         metrics: MetricsFile,
         progress: Progress,
     ):
         self._folder, self._config, self._train_batch = folder, config, train_batch
         self._metrics, self._progress = metrics, progress
-        self._peak_flops = peak_flops()
+        self._peak_flops = peak_flops(devices=devices)
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self.longest_streak = 0  # steps in a row whose loss or gradient was not finite
         self.restart_clock()

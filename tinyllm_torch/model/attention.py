@@ -44,6 +44,7 @@ def attention(
     value: Float[Tensor, "batch key kv_heads head_dim"],
     *,
     mask: Bool[Tensor, "batch query key"] | None,
+    causal: bool,
     implementation: str,
     dropout_rate: float,
     generator: torch.Generator | None,
@@ -51,12 +52,14 @@ def attention(
     """Mix values by how well queries match keys.
 
     Args:
-        mask: True where a query may look. None is causal: query i sees keys 0 to i, which is right
-            only where query i and key i are the same position.
+        mask: True where a query may look. None is keys 0 to i for query i, and needs `causal`.
+        causal: Query i and key i are the same position, and the mask, too, lets no query look beyond
+            its own.
         implementation: auto, xla, cudnn (both are torch's own) or reference.
         dropout_rate: Share of attention weights set to zero; only the reference can.
         generator: None leaves dropout off.
     """
+    assert causal or mask is not None
     rate = dropout_rate if generator is not None else 0.0
     chosen = choose_implementation(implementation, query.dtype, dropout_rate=rate)
     if chosen == "reference":
@@ -87,16 +90,18 @@ def reference_attention(
     batch, queries, heads, head_dim = query.shape
     keys, kv_heads = key.shape[1:3]
     wide = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.permute(0, 2, 1, 3)
-    grouped = grouped.reshape(batch, kv_heads, heads // kv_heads, queries, head_dim)
+    # The queries that share a key head are rows of one product.
+    rows = query.permute(0, 2, 1, 3).reshape(batch, kv_heads, -1, head_dim)
     key, value = key.permute(0, 2, 1, 3), value.permute(0, 2, 1, 3)
     # torch rounds a product to its inputs' type, so they are widened first; no bit is lost by it.
-    scores = torch.einsum("bngqd,bnkd->bngqk", grouped.to(wide), key.to(wide))
+    scores = torch.einsum("bnqd,bnkd->bnqk", rows.to(wide), key.to(wide))
+    scores = scores.reshape(batch, heads, queries, keys) * head_dim**-0.5
     if mask is None:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[None]
-    scores = torch.where(mask[:, None, None], scores * head_dim**-0.5, torch.finfo(wide).min)
+    scores = torch.where(mask[:, None], scores, torch.finfo(wide).min)
     weights = dropout(torch.softmax(scores, dim=-1), rate=dropout_rate, generator=generator)
-    mixed = torch.einsum("bngqk,bnkd->bngqd", weights.to(value.dtype), value)
+    weights = weights.to(value.dtype).reshape(batch, kv_heads, -1, keys)
+    mixed = torch.einsum("bnqk,bnkd->bnqd", weights, value)
     return mixed.reshape(batch, heads, queries, head_dim).permute(0, 2, 1, 3)
 
 

@@ -85,6 +85,7 @@ class Attention(nn.Module):
             key,
             value,
             mask=mask,
+            causal=cache is None,
             implementation=config.attention,
             dropout_rate=config.attention_dropout,
             generator=generator,

@@ -385,3 +385,29 @@ def test_a_bfloat16_model_generates_from_a_bfloat16_cache(weights: Weights) -> N
     for position in range(len(PROMPTS[0]) - 1, text.shape[1] - 1):
         chosen = logits[position, text[0, position + 1]]
         assert chosen > logits[position].max() - 0.05 * logits[position].std()
+
+
+def test_generation_chooses_the_experts_that_the_model_chooses_in_bfloat16() -> None:
+    """Two experts whose router weights differ by less than bfloat16 holds, and that say other things."""
+    config = changed(SMALL, num_experts=2, num_experts_per_tok=1, compute_dtype="bfloat16")
+    weights = random_weights(config, std=0.5)
+    for layer in range(config.num_hidden_layers):
+        router = weights[f"layers.{layer}.mlp.gate.kernel"]
+        router[:, 1] = router[:, 0] * (1 + 2**-12)
+    prompts = [[token] for token in range(4, 60)]
+    structure, _ = model_structure(config)
+
+    @jax.jit
+    def likeliest(weights: Any) -> jax.Array:
+        return merge_weights(structure, weights)(jnp.asarray(prompts))[:, -1].argmax(-1)
+
+    rounded = {
+        name: np.asarray(jnp.asarray(weight, jnp.bfloat16), np.float32)
+        for name, weight in weights.items()
+    }
+    expected = np.asarray(likeliest(weights))
+    assert (expected != np.asarray(likeliest(rounded))).sum() > 5
+    sampling = SamplingConfig(greedy=True, max_new_tokens=1)
+    rows = Generator(config).generate(weights, prompts, sampling=sampling, eos_id=-1)
+    found = np.asarray([row[0].token_ids[0] for row in rows])
+    assert (found == expected).mean() > 0.95  # near ties may fall the other way

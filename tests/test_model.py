@@ -187,6 +187,23 @@ def test_rotary_positions_turn_each_pair_by_its_angle() -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
 
 
+# An original context that turns no pair, and a theta so small that all turn alike.
+EXTREME = [
+    {"rope_type": "yarn", "rope_factor": 4.0, "rope_original_max_position_embeddings": 4},
+    {"rope_type": "yarn", "rope_factor": 4.0, "rope_theta": 1.5,
+     "rope_original_max_position_embeddings": 8192},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", [2, 6])
+@pytest.mark.parametrize("fields", EXTREME, ids=str)
+def test_extreme_yarn_is_that_of_transformers(fields: dict[str, Any], head_dim: int) -> None:
+    config = changed(SMALL, head_dim=head_dim, **fields)
+    with torch_in_float64():
+        theirs, _ = transformers_rope(config)
+    np.testing.assert_allclose(rope_frequencies(config), theirs.numpy(), rtol=1e-12)
+
+
 STRETCHED = [
     {"rope_type": "linear", "rope_factor": 4.0},
     {"rope_type": "llama3", "rope_factor": 8.0},

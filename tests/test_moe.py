@@ -1,6 +1,7 @@
 """Mixture of experts: the grouped product, routing, what is dropped (nothing), and the losses."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from jax.lax import Precision
 from llama_oracle import SMALL, changed, random_weights
+from parity import real_batch
 
 from tinyllm_jax.model.grouped_dot import (
     LARGEST_BLOCK,
@@ -25,6 +27,7 @@ from tinyllm_jax.model.weights import (
     merge_weights,
     model_structure,
 )
+from tinyllm_jax.objectives.pretrain import next_token_loss
 
 EXPERTS = changed(
     SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, compute_dtype="float64"
@@ -115,12 +118,12 @@ def test_a_permutation_has_the_gradient_of_a_gather() -> None:
 # The layer ----------------------------------------------------------------------------------------
 
 
-def hidden(config: Any, weights: Any, segment_ids: Any = None) -> Any:
+def hidden(config: Any, weights: Any, counted: Any = None) -> Any:
     structure, _ = model_structure(config)
 
     @jax.jit
     def run(weights: Any) -> Any:
-        found = merge_weights(structure, weights).hidden(jnp.asarray(TOKENS), None, segment_ids)
+        found = merge_weights(structure, weights).hidden(jnp.asarray(TOKENS), counted=counted)
         return found.states, found.routing
 
     return run(weights)
@@ -248,8 +251,10 @@ def routing_by_loops(
     everywhere = [place for row in inside for place in row]
     groups = [everywhere] if config.router_aux_loss_level == "batch" else [g for g in inside if g]
     balances = [experts * np.dot(*shares(group)) for group in groups]
+    tokens = [len(group) for group in groups]
     z = [np.log(np.exp(logits[place]).sum()) ** 2 for place in everywhere]
-    return Routing(*map(np.asarray, (np.mean(balances), np.mean(z), shares(everywhere)[0])))
+    balance = np.average(balances, weights=tokens)
+    return Routing(*map(np.asarray, (balance, np.mean(z), shares(everywhere)[0])))
 
 
 @pytest.mark.parametrize("level", ["batch", "sequence"])
@@ -280,16 +285,65 @@ def test_experts_that_are_loaded_alike_have_a_balance_loss_of_one(level: str) ->
 
 def test_padding_says_nothing_of_the_load_and_changes_no_other_token() -> None:
     weights = random_weights(EXPERTS)
-    segment_ids = np.ones(TOKENS.shape, np.int32)
-    segment_ids[:, 10:] = 0
-    states, found = hidden(EXPERTS, weights, jnp.asarray(segment_ids))
+    counted = np.ones(TOKENS.shape, bool)
+    counted[:, 10:] = False
+    states, found = hidden(EXPERTS, weights, jnp.asarray(counted))
     whole, everything = hidden(EXPERTS, weights)
-    np.testing.assert_allclose(states[:, :10], whole[:, :10], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(states, whole, rtol=0, atol=1e-12)
     assert found.load.shape == (2, 4)
     np.testing.assert_allclose(np.sum(found.load, axis=-1), 1.0)
     # Shares of 30 tokens with two choices each, in both layers.
     np.testing.assert_allclose(found.load * 60, np.round(found.load * 60), atol=1e-9)
     assert not np.allclose(found.load, everything.load)
+
+
+@pytest.mark.parametrize("level", ["batch", "sequence"])
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_what_stands_in_padding_moves_no_router(
+    packing: str, level: str, prepared_folder: Path
+) -> None:
+    config = changed(EXPERTS, vocab_size=512, router_aux_loss_level=level, router_z_loss_coef=0.1)
+    batch = real_batch(packing, prepared_folder)
+    structure, weights = model_structure(config)[0], random_weights(config)
+    # Behind the last target of a row, nothing but padding comes.
+    behind = np.cumsum(batch["loss_mask"][:, ::-1], axis=1)[:, ::-1] == 0
+    assert behind.any()
+
+    @jax.jit
+    def told(weights: Any, batch: Any) -> Any:
+        return next_token_loss(merge_weights(structure, weights), batch, None)
+
+    other = batch | {"tokens": np.where(behind, 7, batch["tokens"])}
+    for one, two in zip(*(jax.tree.leaves(told(weights, b)) for b in (batch, other)), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-12)
+
+
+def test_router_losses_add_up_over_unevenly_filled_passes(prepared_folder: Path) -> None:
+    config = changed(
+        EXPERTS, vocab_size=512, router_aux_loss_level="sequence", router_z_loss_coef=0.1
+    )
+    batch = real_batch("padded", prepared_folder)
+    structure, weights = model_structure(config)[0], random_weights(config)
+
+    @jax.jit
+    def sums(weights: Any, batch: Any) -> Any:
+        return next_token_loss(merge_weights(structure, weights), batch, None)
+
+    halves = [sums(weights, {n: rows[part] for n, rows in batch.items()}) for part in np.s_[:2, 2:]]
+    assert batch["loss_mask"][:2].sum() != batch["loss_mask"][2:].sum()
+    added = jax.tree.map(lambda one, two: one + two, *halves)
+    for one, two in zip(jax.tree.leaves(added), jax.tree.leaves(sums(weights, batch)), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
+def test_a_gradient_in_bfloat16_is_rounded_once() -> None:
+    rng = np.random.default_rng(0)
+    rows, change = (jnp.asarray(rng.standard_normal((8192, 4)), jnp.bfloat16) for _ in range(2))
+    kernels, sizes = jnp.ones((1, 4, 4), jnp.bfloat16), jnp.asarray([8192])
+    _, pull = jax.vjp(lambda kernels: blockwise_dot(rows, kernels, sizes), kernels)
+    exact = np.asarray(rows, np.float64).T @ np.asarray(change, np.float64)
+    error = np.abs(np.asarray(pull(change)[0][0], np.float64) - exact).max() / np.abs(exact).max()
+    assert error < 2**-8
 
 
 # Counting -----------------------------------------------------------------------------------------

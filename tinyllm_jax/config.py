@@ -209,6 +209,17 @@ class ModelConfig:
                 f"model.rope_factor={self.rope_factor:g} stretches nothing with "
                 "model.rope_type=default. Use model.rope_type=linear, llama3 or yarn."
             )
+        if self.rope_type in ("default", "linear") and self.rope_original_max_position_embeddings:
+            found.append(
+                "model.rope_original_max_position_embeddings="
+                f"{self.rope_original_max_position_embeddings} says nothing to model.rope_type="
+                f"{self.rope_type}. Use model.rope_type=llama3 or yarn, or leave it out."
+            )
+        if self.rope_type != "yarn" and self.rope_attention_factor != 0.0:
+            found.append(
+                f"model.rope_attention_factor={self.rope_attention_factor:g} says nothing to "
+                f"model.rope_type={self.rope_type}. Use model.rope_type=yarn, or leave it out."
+            )
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:
             found.append(
                 f"model.rope_high_freq_factor={self.rope_high_freq_factor:g} is not above "
@@ -223,6 +234,11 @@ class ModelConfig:
             found.append(
                 f"model.num_experts_per_tok={self.num_experts_per_tok} is more than "
                 f"model.num_experts={self.num_experts}. Use {self.num_experts} or less."
+            )
+        if self.num_experts == 0 and self.moe_intermediate_size > 0:
+            found.append(
+                f"model.moe_intermediate_size={self.moe_intermediate_size} without experts. Use "
+                "model.num_experts=4 or more, or model.intermediate_size."
             )
         if self.num_experts == 0 and self.num_shared_experts > 0:
             found.append(

@@ -25,6 +25,7 @@ from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference.sampling import RowSettings, next_tokens
 from tinyllm_jax.model.kv_cache import LayerCache, empty_cache
 from tinyllm_jax.model.layers import compute_dtype
+from tinyllm_jax.model.moe import ROUTER
 from tinyllm_jax.model.transformer import Transformer
 from tinyllm_jax.model.weights import Weights, merge_weights, model_structure
 
@@ -259,9 +260,12 @@ def _continue_rows(
     samples: int,
 ) -> tuple[Int[Array, "rows slots"], Int[Array, "rows"], Bool[Array, "rows"]]:
     """Read prompts once, then draw until each row has met eos or its budget of new tokens."""
-    # The model casts each weight where it is used; done here it costs once, not at each token.
+    # The model casts each weight where it is used, but routers, which compute in float32 at least;
+    # done here it costs once, not at each token.
+    dtype = compute_dtype(config)
     model = merge_weights(
-        structure, {name: w.astype(compute_dtype(config)) for name, w in weights.items()}
+        structure,
+        {n: w if n.endswith(ROUTER) else w.astype(dtype) for n, w in weights.items()},
     )
     cache = read_prompts(model, tokens, slots=slots)
     cache = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), cache)

@@ -24,7 +24,8 @@ def grouped_dot(
     """Multiply the first `group_sizes[0]` rows by `kernels[0]`, the next by `kernels[1]`, and so on.
 
     Args:
-        group_sizes: They add up to the number of rows.
+        group_sizes: They add up to the number of rows, or to fewer: of the rows behind, nothing is
+            promised.
 
     XLA has a grouped product for accelerators, `jax.lax.ragged_dot`. On the CPU that multiplies
     every row by every matrix and masks, so blocks of rows are multiplied there one after another.
@@ -60,10 +61,15 @@ def _backward(saved: tuple[Array, ...], change: Array) -> tuple[Array, Array, No
         left = jax.lax.dynamic_slice_in_dim(padded_rows, start, size)
         right = jax.lax.dynamic_slice_in_dim(padded_change, start, size)
         inside = (start + jnp.arange(size) < ends[block])[:, None]
-        product = jnp.einsum("re,rf->ef", jnp.where(inside, left, 0), right)
+        product = jnp.einsum(
+            "re,rf->ef", jnp.where(inside, left, 0), right, preferred_element_type=wide
+        )
         return sums.at[groups[block]].add(product)
 
-    of_kernels = jax.lax.fori_loop(0, count, add_block, jnp.zeros_like(kernels))
+    # As in one product: rounded once, not at each block.
+    wide = jnp.promote_types(kernels.dtype, jnp.float32)
+    zeros = jnp.zeros(kernels.shape, wide)
+    of_kernels = jax.lax.fori_loop(0, count, add_block, zeros).astype(kernels.dtype)
     return of_rows, of_kernels, None
 
 

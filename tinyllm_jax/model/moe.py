@@ -18,6 +18,9 @@ from tinyllm_jax.model.grouped_dot import grouped_dot
 from tinyllm_jax.model.layers import MLP, Linear, matmul_precision, parameter_dtype
 from tinyllm_jax.model.placement import placement
 
+# The end of a router's name among the weights.
+ROUTER = ".mlp.gate.kernel"
+
 
 class Routing(NamedTuple):
     """What a router did with the tokens that count; of all blocks, with an axis for them."""
@@ -119,7 +122,7 @@ class MoE(nnx.Module):
         """Mix, for every token, what its experts make of it.
 
         Args:
-            counted: False for padding, which passes experts too and says nothing of their load.
+            counted: The tokens by which the router is judged; the others pass experts, too.
         """
         config = self.config
         keys = [None] * 2 if dropout_key is None else jax.random.split(dropout_key)
@@ -193,8 +196,9 @@ def routing(
 ) -> Routing:
     """Measure how evenly the experts are loaded, and how large the router's logits are.
 
-    The balance loss is experts x sum over experts of (share of all choices x mean probability),
-    over all tokens or averaged over rows; it is 1 where all experts are loaded alike.
+    The balance loss is experts x sum over experts of (share of all choices x mean probability); it
+    is 1 where all experts are loaded alike. It is taken over all tokens, or over each row and
+    averaged over rows by their tokens.
 
     Source: Fedus et al. 2022, arXiv:2101.03961, equations 4 to 6; within each row: DeepSeek-AI
     2024, arXiv:2405.04434, section 2.2.3; z-loss: Zoph et al. 2022, arXiv:2202.08906, equation 5.
@@ -209,8 +213,7 @@ def routing(
     if config.router_aux_loss_level == "batch":
         balance = experts * jnp.sum(load * jnp.sum(probabilities, axis=(0, 1)) / tokens)
     else:
-        of_row = jnp.sum(weight, axis=1)
+        of_row = jnp.maximum(jnp.sum(weight, axis=1), 1.0)
         product = jnp.sum(jnp.sum(chosen, axis=1) * jnp.sum(probabilities, axis=1), axis=-1)
-        rows = experts * product / jnp.square(jnp.maximum(of_row, 1.0))
-        balance = jnp.sum(rows) / jnp.maximum(jnp.sum(of_row > 0), 1)
+        balance = experts * jnp.sum(product / of_row) / tokens
     return Routing(balance, jnp.sum(squares * weight) / tokens, load)

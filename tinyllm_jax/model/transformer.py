@@ -189,6 +189,7 @@ class Transformer(nnx.Module):
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
         *,
+        counted: Bool[Array, "batch seq"] | None = None,
         cache: tuple[LayerCache, ...] | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Hidden:
@@ -196,6 +197,9 @@ class Transformer(nnx.Module):
 
         With a cache, `positions` say in which slots the tokens stand and each token sees all slots
         up to its own.
+
+        Args:
+            counted: The tokens by which routers are judged; None is all of them.
         """
         config, dtype = self.config, compute_dtype(self.config)
         keys: Array | None = None
@@ -203,11 +207,13 @@ class Transformer(nnx.Module):
             keys = jax.random.split(dropout_key, config.num_hidden_layers + 1)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        mask, counted = None, jnp.ones(tokens.shape, bool)
+        mask = None
+        if counted is None:
+            counted = jnp.ones(tokens.shape, bool)
         if cache is not None:
             mask = visible_slots(positions, slots=cache[0].keys.shape[1])
         elif segment_ids is not None:
-            mask, counted = segment_mask(segment_ids), segment_ids > 0
+            mask = segment_mask(segment_ids)
         rope = rope_tables(positions, config, dtype=dtype)
         x = self.embed_tokens(tokens, dtype=dtype)
         x = dropout(x, rate=config.embedding_dropout, key=None if keys is None else keys[-1])
@@ -236,7 +242,7 @@ class Transformer(nnx.Module):
         cache: tuple[LayerCache, ...] | None,
         keys: Array | None,
     ) -> tuple[Float[Array, "batch seq hidden"], tuple[Any, ...], Routing | None]:
-        """Run all blocks one after another, in the form of the settings, with the same numbers.
+        """Run all blocks one after another, in the form of the settings, which changes rounding at most.
 
         Args:
             block: Runs one: (layer, x, its cache, its dropout key) -> (x, cache, routing).

@@ -4,6 +4,7 @@ import html
 import io
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,11 @@ def draw_losses(rows: Sequence[Mapping[str, Any]]) -> Figure:
 def draw_experts(looks: Sequence[Mapping[str, Any]]) -> Figure:
     """Plot the busiest expert of every layer against steps, and the newest load of each expert."""
     # A load that was no number is not drawn.
-    finite = [row for row in looks if is_number(row["loss"])]
+    finite = [
+        row
+        for row in looks
+        if is_number(row["loss"]) and all(map(is_number, chain(*row["expert_load"])))
+    ]
     steps = [row["step"] for row in finite]
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     if not finite:

@@ -20,6 +20,7 @@ from tinyllm_jax.errors import InputError
 from tinyllm_torch.inference.sampling import RowSettings, next_tokens
 from tinyllm_torch.model.kv_cache import LayerCache, empty_cache
 from tinyllm_torch.model.layers import compute_dtype
+from tinyllm_torch.model.moe import ROUTER
 from tinyllm_torch.model.transformer import Transformer
 from tinyllm_torch.model.weights import merge_weights, model_structure
 
@@ -84,8 +85,12 @@ class Generator:
         self.check(prompts, slide=sampling.slide)
         samples, limit = sampling.num_samples, self.config.max_position_embeddings
         dtype = compute_dtype(self.config)
-        # The model casts each weight where it is used; done here it costs once, not at each token.
-        model = merge_weights(self._structure, {name: w.to(dtype) for name, w in weights.items()})
+        # The model casts each weight where it is used, but routers, which compute in float32 at least;
+        # done here it costs once, not at each token.
+        model = merge_weights(
+            self._structure,
+            {n: w if n.endswith(ROUTER) else w.to(dtype) for n, w in weights.items()},
+        )
         new: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
         ended = [""] * len(new)
         while not all(ended):

@@ -15,6 +15,9 @@ from torch.nn.functional import one_hot
 from tinyllm_jax.config import ModelConfig
 from tinyllm_torch.model.layers import MLP, Linear, parameter_dtype
 
+# The end of a router's name among the weights.
+ROUTER = ".mlp.gate.weight"
+
 
 class Routing(NamedTuple):
     """What a router did with the tokens that count; of all blocks, with an axis for them."""
@@ -53,7 +56,7 @@ class MoE(nn.Module):
         """Mix, for every token, what its experts make of it.
 
         Args:
-            counted: False for padding, which passes experts too and says nothing of their load.
+            counted: The tokens by which the router is judged; the others pass experts, too.
         """
         config = self.config
         # The choice is made at least in float32: rounding would make ties of near probabilities.
@@ -96,8 +99,9 @@ def routing(
 ) -> Routing:
     """Measure how evenly the experts are loaded, and how large the router's logits are.
 
-    The balance loss is experts x sum over experts of (share of all choices x mean probability),
-    over all tokens or averaged over rows; it is 1 where all experts are loaded alike.
+    The balance loss is experts x sum over experts of (share of all choices x mean probability); it
+    is 1 where all experts are loaded alike. It is taken over all tokens, or over each row and
+    averaged over rows by their tokens.
 
     Source: Fedus et al. 2022, arXiv:2101.03961, equations 4 to 6; within each row: DeepSeek-AI
     2024, arXiv:2405.04434, section 2.2.3; z-loss: Zoph et al. 2022, arXiv:2202.08906, equation 5.
@@ -112,8 +116,7 @@ def routing(
     if config.router_aux_loss_level == "batch":
         balance = experts * torch.sum(load * torch.sum(probabilities, dim=(0, 1)) / tokens)
     else:
-        of_row = torch.sum(weight, dim=1)
+        of_row = torch.sum(weight, dim=1).clamp(min=1.0)
         product = torch.sum(torch.sum(chosen, dim=1) * torch.sum(probabilities, dim=1), dim=-1)
-        rows = experts * product / torch.square(of_row.clamp(min=1.0))
-        balance = torch.sum(rows) / torch.sum(of_row > 0).clamp(min=1)
+        balance = experts * torch.sum(product / of_row) / tokens
     return Routing(balance, torch.sum(squares * weight) / tokens, load)

@@ -44,7 +44,7 @@ def rope_frequencies(config: ModelConfig) -> Float[np.ndarray, "half"]:
         )
         low, high = max(math.floor(low), 0), min(math.ceil(high), config.head_dim - 1)
         pairs = np.arange(half, dtype=np.float64)
-        share_kept = 1.0 - np.clip((pairs - low) / max(high - low, 0.001), 0.0, 1.0)
+        share_kept = 1.0 - np.clip((pairs - low) / ((high - low) or 0.001), 0.0, 1.0)
     return share_kept * kept + (1.0 - share_kept) * divided
 
 

@@ -186,6 +186,7 @@ class Transformer(nn.Module):
         positions: Int[Tensor, "batch seq"] | None = None,
         segment_ids: Int[Tensor, "batch seq"] | None = None,
         *,
+        counted: Bool[Tensor, "batch seq"] | None = None,
         cache: tuple[LayerCache, ...] | None = None,
         generator: torch.Generator | None = None,
     ) -> Hidden:
@@ -193,16 +194,21 @@ class Transformer(nn.Module):
 
         With a cache, `positions` say in which slots the tokens stand and each token sees all slots
         up to its own.
+
+        Args:
+            counted: The tokens by which routers are judged; None is all of them.
         """
         config, dtype = self.config, compute_dtype(self.config)
         if positions is None:
             every_place = torch.arange(tokens.shape[1], device=tokens.device)
             positions = every_place[None].expand(tokens.shape)
-        mask, counted = None, torch.ones_like(tokens, dtype=torch.bool)
+        mask = None
+        if counted is None:
+            counted = torch.ones_like(tokens, dtype=torch.bool)
         if cache is not None:
             mask = visible_slots(positions, slots=cache[0].keys.shape[1])
         elif segment_ids is not None:
-            mask, counted = segment_mask(segment_ids), segment_ids > 0
+            mask = segment_mask(segment_ids)
         rope = rope_tables(positions, config, dtype=dtype)
         x = self.embed_tokens(tokens, dtype=dtype)
         x = dropout(x, rate=config.embedding_dropout, generator=generator)

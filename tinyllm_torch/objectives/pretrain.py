@@ -43,16 +43,22 @@ def next_token_loss(
     Returns:
         What is minimised, and what is told: `loss` is the cross-entropy alone. With experts,
         `router_balance_loss` and `router_z_loss` are means over layers, without their weights in
-        the sum; `expert_load` is each expert's share of its layer's choices.
+        the sum; `expert_load` is each expert's share of its layer's choices. Tokens without a target
+        count in none of them, so that passes of a step add up; only a balance over the whole pass
+        (`router_aux_loss_level = "batch"`) is not the same over two halves.
     """
     hidden = model.hidden(
-        batch["tokens"], batch.get("positions"), batch.get("segment_ids"), generator=generator
+        batch["tokens"],
+        batch.get("positions"),
+        batch.get("segment_ids"),
+        counted=batch["loss_mask"],
+        generator=generator,
     )
     logits = model.logits(hidden.states)
     loss = cross_entropy_sum(logits, batch["targets"], batch["loss_mask"])
     if hidden.routing is None:
         return loss, {"loss": loss}
-    # A pass counts by its targets, so that the passes of a step average.
+    # Each is a mean over the targets of a pass.
     config, routing, targets = model.config, hidden.routing, count_targets(batch)
     added = config.router_aux_loss_coef * torch.sum(routing.balance_loss)
     added = added + config.router_z_loss_coef * torch.sum(routing.z_loss)

@@ -24,6 +24,8 @@ from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.weights import model_structure
 from tinyllm_jax.training.optim import has_second_moment
 
+pytestmark = pytest.mark.slow  # the file as a whole
+
 FAMILY = dataclasses.replace(
     changed(SMALL, qk_norm=True), vocab_size=300, num_experts=4, num_experts_per_tok=2,
     num_shared_experts=2, moe_intermediate_size=10, norm_topk_prob=False, rope_type="yarn",

@@ -19,6 +19,8 @@ from convert.formats import safetensors
 from tinyllm_jax.data.files import sha256_of_file
 from tinyllm_jax.errors import InputError
 
+pytestmark = pytest.mark.slow  # the file as a whole
+
 DEEP: list = []
 for _ in range(2000):
     DEEP = [DEEP]

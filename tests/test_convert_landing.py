@@ -121,10 +121,13 @@ def test_a_second_file_that_cannot_land_takes_the_first_back(tmp_path):
     assert names(tmp_path) == ["y.bin"]
 
 
+# A shell that starts the tests in its background lets its children ignore Ctrl-C, which a person's
+# terminal does not.
 WAIT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from convert.landing import landing
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with landing(Path("new/y"), folder=True, replace=False) as hidden:
     hidden.mkdir()
     (hidden / "half").write_text("half")

@@ -17,6 +17,8 @@ from tinyllm_jax.training.metrics import read_metrics
 from tinyllm_torch import generate as torch_generate
 from tinyllm_torch import train as torch_train
 
+pytestmark = pytest.mark.slow  # the file as a whole
+
 LAYERS, EXPERTS = 2, 4
 FLAGS = [
     *SMALL_RUN,

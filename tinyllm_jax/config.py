@@ -159,8 +159,8 @@ class ModelConfig:
     )
     scan_layers: bool = setting(
         False,
-        "compile one block and loop over it: compiles faster with many layers, for a copy of the "
-        "blocks' weights at each step",
+        "compile one block and loop over it: a smaller program, and with activation_checkpointing the "
+        "least memory, for a copy of the blocks' weights at each step",
     )
 
     def __post_init__(self):

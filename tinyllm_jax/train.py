@@ -176,10 +176,9 @@ def say_what_starts(start: "Start", prepared: "PreparedData", parallel: "Paralle
 
     from tinyllm_jax.model.attention import choose_implementation
     from tinyllm_jax.model.layers import compute_dtype
-    from tinyllm_jax.model.weights import count_active_parameters, count_parameters
+    from tinyllm_jax.model.weights import describe_size
 
     config, device = start.config, jax.devices()[0]
-    total, outside = count_parameters(config.model)
     dtype = compute_dtype(config.model)
     kernel = choose_implementation(
         config.model.attention, dtype, dropout_rate=config.model.attention_dropout
@@ -189,9 +188,7 @@ def say_what_starts(start: "Start", prepared: "PreparedData", parallel: "Paralle
     say(f"Device   {device.device_kind} ({device.platform}), {dtype.name}, attention {kernel}")
     if parallel.description:
         say(f"Divided  {parallel.description}")
-    active = count_active_parameters(config.model)
-    idle = f", {active:,} active for each token" if active < total else ""
-    say(f"Model    {total:,} parameters, {outside:,} without the embedding{idle}")
+    say(f"Model    {describe_size(config.model)}")
     say(
         f"Data     {train.tokens:,} tokens of {train.documents:,} documents to train on, "
         f"{validation.tokens:,} of {validation.documents:,} to validate "

@@ -21,9 +21,9 @@ from convert.checks import shown
 from tinyllm_jax.config import config_to_table
 from tinyllm_jax.data.files import write_file
 from tinyllm_jax.errors import InputError
+from tinyllm_jax.training.start_rules import SNAPSHOT
 
 NAME = "orbax"
-SNAPSHOT = "training_config_snapshot.json"
 
 
 def matches(path: Path) -> bool:

@@ -76,6 +76,14 @@ def count_active_parameters(config: ModelConfig) -> int:
     return count_parameters(config)[0] - config.num_hidden_layers * idle * expert
 
 
+def describe_size(config: ModelConfig) -> str:
+    """Say for people how many parameters a model has, and how many of them one token passes."""
+    total, outside = count_parameters(config)
+    active = count_active_parameters(config)
+    idle = f", {active:,} active for each token" if active < total else ""
+    return f"{total:,} parameters, {outside:,} without the embedding{idle}"
+
+
 def flops_per_token(config: ModelConfig, *, sequence_length: int) -> float:
     """Count floating-point operations of training on one token: 6 N + 6 L Q S.
 

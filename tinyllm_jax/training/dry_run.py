@@ -15,8 +15,7 @@ from tinyllm_jax.config import Config
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.layers import compute_dtype
 from tinyllm_jax.model.weights import (
-    count_active_parameters,
-    count_parameters,
+    describe_size,
     flops_per_token,
     initial_weights,
     model_structure,
@@ -57,16 +56,13 @@ def dry_run(config: Config, *, done_steps: int, say: Callable[[str], None]) -> i
         The exit code: 0 if the run fits into the memory, else 1.
     """
     device, model, parallel = jax.devices()[0], config.model, make_parallel(config)
-    total, outside = count_parameters(model)
-    active = count_active_parameters(model)
     per_token = flops_per_token(model, sequence_length=config.data.sequence_length)
     tokens = config.rows_per_step * config.data.sequence_length
     steps = max(config.train.max_steps - done_steps, 0)
-    idle = f", {active:,} active for each token" if active < total else ""
     say(f"Device   {device.device_kind} ({device.platform}), {compute_dtype(model).name}")
     if parallel.description:
         say(f"Divided  {parallel.description}; memory is that of one device")
-    say(f"Model    {total:,} parameters, {outside:,} without the embedding{idle}")
+    say(f"Model    {describe_size(model)}")
     say(f"Work     {per_token / 1e6:,.1f} MFLOP a token, {tokens:,} tokens a step, "
         f"{steps:,} steps")  # fmt: skip
     start = time.perf_counter()

@@ -121,6 +121,12 @@ def architecture_of(model: ModelConfig) -> Architecture:
         plain = "mistral" if model.hidden_size % model.num_attention_heads else "llama"
         return ARCHITECTURES["qwen3" if model.qk_norm else plain]
     shared = model.num_shared_experts > 0
+    if shared and model.score_head:
+        raise InputError(
+            f"hf: score_head=True with num_shared_experts={model.num_shared_experts} is computed by "
+            "no architecture of transformers. Train the reward model without shared experts, or use "
+            "--to orbax, torch or safetensors."
+        )
     if shared and model.qk_norm:
         raise _not_computed(
             f"num_shared_experts={model.num_shared_experts} with qk_norm=True",

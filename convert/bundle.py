@@ -116,6 +116,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes["norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    if config.score_head:
+        shapes["score.weight"] = (1, hidden)
     return shapes
 
 

@@ -239,11 +239,15 @@ def prepare(bundle: Bundle, *, to: str, dtype: str | None) -> Bundle:
     Raises:
         InputError: the format has no place for a setting of the model.
     """
+    if to not in WITH_TRAINING and holds_values(bundle):
+        bundle = without_values(bundle)
     if to == "hf":
         architecture_of(bundle.model)
     elif to not in WITH_TRAINING:
         check_held(bundle.model, to=to)
     bundle = dataclasses.replace(bundle, layout=copy.deepcopy(bundle.layout))
+    if to == "hf" and bundle.model.score_head:
+        bundle = without_own_head(bundle)
     stored = dtype_names(bundle.weights.values())
     wanted = None if dtype == QUANTIZED else dtype
     narrow = any(name in stored for name in ("float16", "bfloat16"))
@@ -258,6 +262,33 @@ def prepare(bundle: Bundle, *, to: str, dtype: str | None) -> Bundle:
     cast = cast_bundle(bundle, wanted)
     cast.note(f"weights were {stored} and are {wanted}")
     return cast
+
+
+def without_own_head(bundle: Bundle) -> Bundle:
+    """Leave out a head over the vocabulary, for which reward models of transformers have no place."""
+    if bundle.model.tie_word_embeddings:
+        return bundle
+    model = dataclasses.replace(bundle.model, tie_word_embeddings=True)
+    weights = {name: array for name, array in bundle.weights.items() if name != "lm_head.weight"}
+    bundle.note("hf: a reward model has a score head alone, so lm_head was left out")
+    return dataclasses.replace(bundle, model=model, weights=weights)
+
+
+def holds_values(bundle: Bundle) -> bool:
+    """Tell a language model whose head for scores only helped PPO to train it."""
+    training = bundle.training
+    return bundle.model.score_head and training is not None and training.config.run.mode == "rlhf"
+
+
+def without_values(bundle: Bundle) -> Bundle:
+    """Leave out the head that gave values, which a finished policy has no use for."""
+    model = dataclasses.replace(bundle.model, score_head=False)
+    weights = {name: array for name, array in bundle.weights.items() if name != "score.weight"}
+    bundle = dataclasses.replace(
+        bundle, model=model, weights=weights, layout=copy.deepcopy(bundle.layout)
+    )
+    bundle.note("the value function that PPO trained beside the model was left out")
+    return bundle
 
 
 def is_folder(path: Path, to: str) -> bool:

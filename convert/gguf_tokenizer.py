@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.bundle import Bundle
+from convert.hugging_face_tokenizer import chat_template_of
 from convert.tokenizer_files import (
     Kind,
     Piece,
@@ -58,6 +59,9 @@ def add_tokenizer(writer: Any, bundle: Bundle) -> None:
     if tokenizer.unk_id >= 0:
         writer.add_unk_token_id(tokenizer.unk_id)
     writer.add_pad_token_id(tokenizer.pad_id)
+    if (template := chat_template_of(tokenizer)) is not None:
+        writer.add_eot_token_id(template.end_id)
+        writer.add_chat_template(template.jinja)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
 

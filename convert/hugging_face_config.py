@@ -132,11 +132,15 @@ def check_config(table: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
 def config_table(bundle: Bundle) -> dict[str, Any]:
     """Write config.json for both versions of transformers."""
     model, rope = bundle.model, rope_words(bundle.model)
-    architecture = architecture_of(model)
+    architecture, class_name = architecture_of(model), architecture_of(model).class_name
+    labels: dict[str, Any] = {}
+    if model.score_head:
+        class_name = class_name.replace("ForCausalLM", "ForSequenceClassification")
+        labels = {"num_labels": 1, "id2label": {"0": "REWARD"}, "label2id": {"REWARD": 0}}
     dtype = next(iter(bundle.weights.values())).dtype.name
     stretched = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {
-        "architectures": [architecture.class_name],
+        "architectures": [class_name],
         "model_type": architecture.model_type,
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
@@ -156,6 +160,7 @@ def config_table(bundle: Bundle) -> dict[str, Any]:
         "hidden_act": "silu",
         "use_cache": True,
         **architecture_words(model),
+        **labels,
         "dtype": dtype,
         "torch_dtype": dtype,
         **token_ids(bundle),

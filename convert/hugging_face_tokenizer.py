@@ -10,6 +10,7 @@ from typing import Any
 
 from convert.tokenizer_files import Kind, Piece, pieces_of, proto_of, sample_texts
 from tinyllm_jax.data.bytelevel import ByteLevelTokenizer
+from tinyllm_jax.data.chat_template import CONTROL_TOKENS, ChatTemplate
 from tinyllm_jax.data.sentencepiece_bpe import SPACE_MARK, SentencePieceTokenizer
 from tinyllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tinyllm_jax.errors import InputError
@@ -23,7 +24,8 @@ def write_hugging_face_tokenizer(tokenizer: Tokenizer, path: Path, *, longest: i
 
     A SentencePiece tokenizer becomes its own `tokenizer.model` and a `tokenizer.json` that gives
     the same ids; a byte-level one keeps its `tokenizer.json`. Both put bos before a text, as
-    training did, unless the byte-level file says itself what stands round a text.
+    training did, unless the byte-level file says itself what stands round a text. One that has the
+    control tokens of conversations comes with their template.
 
     Returns:
         What a person should know of them.
@@ -49,9 +51,26 @@ def write_hugging_face_tokenizer(tokenizer: Tokenizer, path: Path, *, longest: i
         "model_max_length": longest,
         **names,
     }
+    if (template := chat_template_of(tokenizer)) is not None:
+        table["chat_template"] = template.jinja
     text = json.dumps(table, indent=2, ensure_ascii=False)
     (path / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
     return notes
+
+
+def chat_template_of(tokenizer: Tokenizer) -> ChatTemplate | None:
+    """Give the template of conversations of a tokenizer that has control tokens for it."""
+    if any(tokenizer.control_id(text) is None for text in CONTROL_TOKENS):
+        return None
+    return ChatTemplate(tokenizer)
+
+
+def end_ids(tokenizer: Tokenizer) -> int | list[int]:
+    """Name the tokens that end what a model writes: eos, and what ends an answer."""
+    template = chat_template_of(tokenizer)
+    if template is None or template.end_id == tokenizer.eos_id:
+        return tokenizer.eos_id
+    return [tokenizer.eos_id, template.end_id]
 
 
 def with_template(tokenizer: ByteLevelTokenizer) -> bytes:

@@ -57,6 +57,7 @@ _OUTSIDE = {
     ),
     **dict.fromkeys(("norm", "final_norm", "ln_f", "norm_f"), "norm"),
     **dict.fromkeys(("lm_head", "output"), "lm_head"),
+    "score": "score",
 }  # fmt: skip
 # Tables that can be computed again, which some projects store beside the weights.
 _TABLE = re.compile(
@@ -319,6 +320,10 @@ def foreign_model(
         settle_tying(weights, declared_tying, origin=origin)
     else:
         declared = declared_settings(table, origin=origin)
+        declared["score_head"] = "score.weight" in weights
+        if declared["score_head"] and "lm_head.weight" not in weights:
+            # A reward model of transformers has no other head, whatever it says of tying one.
+            declared.pop("tie_word_embeddings", None)
         tied = settle_tying(weights, declared.get("tie_word_embeddings"), origin=origin)
         declared["tie_word_embeddings"] = tied
         if "num_attention_heads" not in declared:

@@ -19,7 +19,7 @@ SHARED_SETTINGS = {
 }  # fmt: skip
 # Settings that Hugging Face folders hold as well, where an architecture of transformers has them.
 HUGGING_FACE_SETTINGS = {
-    "qk_norm", "rope_type", "rope_factor", "rope_original_max_position_embeddings",
+    "qk_norm", "score_head", "rope_type", "rope_factor", "rope_original_max_position_embeddings",
     "rope_low_freq_factor", "rope_high_freq_factor", "rope_beta_fast", "rope_beta_slow",
     "rope_attention_factor", "num_experts", "num_experts_per_tok", "num_shared_experts",
     "moe_intermediate_size", "norm_topk_prob",

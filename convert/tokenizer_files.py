@@ -12,6 +12,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
+from tinyllm_jax.data.chat_template import CONTROL_TOKENS
 from tinyllm_jax.data.sentencepiece_bpe import SPACE_MARK, SentencePieceTokenizer
 from tinyllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tinyllm_jax.data.toy_stories import generate_stories
@@ -168,7 +169,7 @@ def build_sentencepiece(
 def _kind_by_text(text: str) -> Kind:
     if text == "<unk>":
         return Kind.UNKNOWN
-    if text in ("<s>", "</s>", "<pad>"):
+    if text in ("<s>", "</s>", "<pad>", *CONTROL_TOKENS):
         return Kind.CONTROL
     is_byte = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
     return Kind.BYTE if is_byte else Kind.NORMAL

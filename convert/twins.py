@@ -222,7 +222,7 @@ class TorchSide:
         minimised, told = torch_pretrain.next_token_loss(self._model, tensors, None)
         count = torch_pretrain.count_targets(tensors)
         names, parameters = zip(*self._model.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(minimised / count, parameters)
+        gradients = torch.autograd.grad(minimised / count, parameters, materialize_grads=True)
         found = {"logits": logits} | {name: number / count for name, number in told.items()}
         found |= dict(zip(names, gradients, strict=True))
         return {name: tensor.detach().numpy() for name, tensor in found.items()}

@@ -103,7 +103,11 @@ class Comparer:
 
         def score(weights: Any, x: Any) -> Any:
             whole = merge_weights(structure, weights)
-            return whole.logits(whole.norm(x))
+            states = whole.norm(x)
+            logits = whole.logits(states)
+            if not model.score_head:
+                return logits
+            return jnp.concatenate([logits, whole.scores(states)[..., None]], axis=-1)
 
         return jax.jit(embed), jax.jit(layer), jax.jit(score)
 

@@ -53,7 +53,7 @@ def random_weights(
 def torch_name(name: str) -> str:
     """Give a weight's name in a Hugging Face state dict."""
     name = name.removesuffix("kernel") + "weight" if name.endswith("kernel") else name
-    return name if name.startswith("lm_head") else f"model.{name}"
+    return name if name.startswith(("lm_head", "score")) else f"model.{name}"
 
 
 @contextlib.contextmanager

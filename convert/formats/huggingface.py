@@ -22,6 +22,7 @@ from convert.hugging_face_config import (
     token_ids,
 )
 from convert.hugging_face_tokenizer import (
+    end_ids,
     read_hugging_face_tokenizer,
     write_hugging_face_tokenizer,
 )
@@ -108,7 +109,10 @@ def _shards(index: Path) -> list[str]:
 
 
 def write(bundle: Bundle, path: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` read offline."""
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` read offline.
+
+    A model with a score head is one for `AutoModelForSequenceClassification`, of one label.
+    """
     kind = architecture_of(bundle.model).model_type
     path.mkdir()
     weights = {
@@ -133,12 +137,14 @@ def write(bundle: Bundle, path: Path, *, shard_bytes: int = SHARD_BYTES) -> None
         longest = bundle.model.max_position_embeddings
         for note in write_hugging_face_tokenizer(bundle.tokenizer, path, longest=longest):
             bundle.note(note)
-    _write_json(path / "generation_config.json", {**token_ids(bundle), "do_sample": False})
+    ends = {"eos_token_id": end_ids(bundle.tokenizer)} if bundle.tokenizer else {}
+    table = {**token_ids(bundle), **ends, "do_sample": False}
+    _write_json(path / "generation_config.json", table)
 
 
 def hugging_face_name(name: str) -> str:
     """Give a weight's name in a Hugging Face file."""
-    return name if name.startswith("lm_head") else f"model.{name}"
+    return name if name.startswith(("lm_head", "score")) else f"model.{name}"
 
 
 def cut_into_shards(weights: Arrays, *, shard_bytes: int) -> list[list[str]]:

@@ -37,12 +37,16 @@ def read(path: Path, *, say: Callable[[str], None]) -> Bundle:
     Raises:
         InputError: it is damaged, or was not written by this project.
     """
-    from tinyllm_jax.training.checkpoint import read_checkpoint
+    from tinyllm_jax.training.checkpoint import find_adapted, merged, read_checkpoint
     from tinyllm_jax.training.step_folders import find_checkpoint
 
     folder = find_checkpoint(path, on_damaged=say)
     try:
         checkpoint = read_checkpoint(folder)
+        lora = checkpoint.config.lora
+        if lora.rank > 0:
+            lost = problem_of(lambda: find_adapted(folder))
+            checkpoint = checkpoint if lost else merged(checkpoint)
         config, weights = checkpoint.config, from_jax(checkpoint.weights)
     except (
         ValueError,

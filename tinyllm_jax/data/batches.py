@@ -5,9 +5,10 @@ epoch, in an order of its own for each epoch. A host may ask for its own rows of
 """
 
 import contextlib
+import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,7 +18,9 @@ from jaxtyping import Bool, Int32, Int64, UInt64
 
 from tinyllm_jax.data.shards import Shard, Split
 
+S = TypeVar("S")
 T = TypeVar("T")
+Rows = slice | Int64[np.ndarray, " rows"]  # of a batch, by their places in it
 # Four rounds make a good permutation of a cipher's round function; ours is only a mixer.
 FEISTEL_ROUNDS = 6
 SORTED_ROWS = 1024
@@ -54,14 +57,23 @@ class Batches:
         """Rows to choose from: windows of a stream, or the stored rows, which make an epoch."""
         return self._reader.rows
 
-    def batch(self, step: int, *, rows: slice | None = None) -> Batch:
-        """Read the batch of one step, counted from 0, or a range of its rows."""
+    def batch(self, step: int, *, rows: Rows | None = None) -> Batch:
+        """Read the batch of one step, counted from 0, or some of its rows."""
+        return self._reader.read(self._chosen(step)[slice(None) if rows is None else rows])
+
+    def places(self, step: int) -> Int64[np.ndarray, " rows"]:
+        """Say where the rows of one step are when all shards are laid end to end.
+
+        Returns:
+            The first token of each window of a stream, else the numbers of the stored rows.
+        """
+        return self._reader.places(self._chosen(step))
+
+    def _chosen(self, step: int) -> Int64[np.ndarray, " rows"]:
         size = self._rows_per_step
         if self._split.packing == "stream":
-            chosen = random_places(size, count=self.rows, seed=self._seed, step=step)
-        else:
-            chosen = epoch_rows(step * size, size=size, count=self.rows, seed=self._seed)
-        return self._reader.read(chosen[rows or slice(None)])
+            return random_places(size, count=self.rows, seed=self._seed, step=step)
+        return epoch_rows(step * size, size=size, count=self.rows, seed=self._seed)
 
 
 class EvaluationBatches:
@@ -81,11 +93,11 @@ class EvaluationBatches:
         """Count the batches."""
         return self._count
 
-    def batch(self, index: int, *, rows: slice | None = None) -> Batch:
-        """Read one batch, counted from 0, or a range of its rows."""
+    def batch(self, index: int, *, rows: Rows | None = None) -> Batch:
+        """Read one batch, counted from 0, or some of its rows."""
         chosen = np.arange(index * self._batch_size, (index + 1) * self._batch_size)
         chosen[chosen >= self._reader.rows] = -1
-        return self._reader.read(chosen[rows or slice(None)])
+        return self._reader.read(chosen[slice(None) if rows is None else rows])
 
     def __iter__(self) -> Iterator[Batch]:
         """Read all batches in order."""
@@ -103,6 +115,7 @@ class RowReader:
         """Count the rows of every shard."""
         self._split = split
         self._stride = stride
+        self._masked = any(shard.learn is not None for shard in split.shards)
         counts = [self._count(shard, whole_windows=whole_windows) for shard in split.shards]
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
@@ -114,6 +127,14 @@ class RowReader:
         first_tokens = len(shard.tokens) - (self._split.sequence_length if whole_windows else 1)
         return max(0, -(-first_tokens // self._stride))
 
+    def places(self, rows: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
+        """Say where rows are when all shards are laid end to end."""
+        if self._split.packing != "stream":
+            return rows
+        sizes = np.cumsum([0, *(len(shard.tokens) for shard in self._split.shards)])
+        shards = np.searchsorted(self._ends, rows, side="right")
+        return sizes[shards] + (rows - self._starts[shards]) * self._stride
+
     def read(self, rows: Int64[np.ndarray, " rows"]) -> Batch:
         """Read rows by number; -1 gives a row of padding."""
         shards = np.searchsorted(self._ends, rows, side="right")
@@ -122,6 +143,7 @@ class RowReader:
         tokens = np.full(shape, self._split.pad_id, np.int32)
         lengths = np.zeros(len(rows), np.int32)
         segments = np.zeros(shape, np.int32) if self._split.packing == "packed" else None
+        learn = np.ones(shape, bool) if self._masked else None
         for row, (index, place) in enumerate(zip(shards.tolist(), places.tolist(), strict=True)):
             if rows[row] < 0:
                 continue
@@ -137,9 +159,15 @@ class RowReader:
                 lengths[row] = shard.lengths[place]
             if segments is not None and shard.segments is not None:
                 segments[row] = shard.segments[place]
+            if learn is not None and shard.learn is not None:
+                learn[row] = shard.learn[place]
         if segments is not None:
-            return segment_batch(tokens, segments)
-        return length_batch(tokens, lengths)
+            batch = segment_batch(tokens, segments)
+        else:
+            batch = length_batch(tokens, lengths)
+        if learn is None:
+            return batch
+        return dataclasses.replace(batch, loss_mask=batch.loss_mask & learn[:, 1:])
 
 
 def length_batch(
@@ -259,19 +287,21 @@ def mix(numbers: UInt64[np.ndarray, " size"]) -> UInt64[np.ndarray, " size"]:
 
 
 @contextlib.contextmanager
-def prefetch(function: Callable[[int], T], *, start_step: int, depth: int) -> Iterator[Iterator[T]]:
-    """Compute `function(start_step)`, `function(start_step + 1)`, ... in a thread, `depth` ahead.
+def prefetch(
+    function: Callable[[S], T], inputs: Iterable[S], *, depth: int
+) -> Iterator[Iterator[T]]:
+    """Compute `function` of each input, in order, in a thread, `depth` ahead.
 
-    The iterator never ends. What `function` raises comes out of the `next` that asks for its
-    result. When the block ends, the thread does too.
+    What `function` raises comes out of the `next` that asks for its result. When the block ends, the
+    thread does too.
     """
-    steps = itertools.count(start_step)
+    waiting = iter(inputs)
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as executor:
-        ahead = deque(executor.submit(function, next(steps)) for _ in range(depth))
+        ahead = deque(executor.submit(function, each) for each in itertools.islice(waiting, depth))
 
         def results() -> Iterator[T]:
-            while True:
-                ahead.append(executor.submit(function, next(steps)))
+            while ahead:
+                ahead.extend(executor.submit(function, each) for each in itertools.islice(waiting, 1))
                 yield ahead.popleft().result()
 
         try:

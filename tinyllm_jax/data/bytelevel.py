@@ -1,6 +1,7 @@
 """Byte-level BPE of Hugging Face `tokenizers`: the tokenizer of Tiny-K, MiniMind and GPT-2."""
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,10 +16,11 @@ from tinyllm_jax.errors import InputError
 FILE_NAME = "tokenizer.json"
 # Tiny-K's control tokens, with ids 0 to 4.
 CONTROL_TOKENS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+CONVERSATION_NAMES = ("<|im_start|>", "<|im_end|>")
 # How the tokenizers of other projects name begin and end, likeliest meaning first.
 BEGIN_END_NAMES = [
     ("<s>", "</s>"),
-    ("<|im_start|>", "<|im_end|>"),
+    CONVERSATION_NAMES,
     ("<|begin_of_text|>", "<|end_of_text|>"),
     ("<bos>", "<eos>"),
     ("[BOS]", "[EOS]"),
@@ -52,6 +54,10 @@ class ByteLevelTokenizer:
                 f"{origin}: no tokens that begin and end a document; looked for {usual}. Use a "
                 "tokenizer that has such a pair."
             )
+        # Tokens that were put behind a vocabulary for conversations begin and end no document of a
+        # model that was pretrained before.
+        own = self._tokenizer.get_vocab(with_added_tokens=False)
+        pairs.sort(key=lambda pair: pair == CONVERSATION_NAMES and pair[0] not in own)
         self.bos_id, self.eos_id = (ids[name] for name in pairs[0])
         self.unk_id = next((ids[name] for name in UNK_NAMES if name in ids), -1)
         self.pad_id = next((ids[name] for name in PAD_NAMES if name in ids), self.eos_id)
@@ -92,6 +98,12 @@ class ByteLevelTokenizer:
             return raw.decode()
         except UnicodeDecodeError:
             return "".join(f"<0x{byte:02X}>" for byte in raw)
+
+    def control_id(self, text: str) -> int | None:
+        """Look up the control token of this name; None where there is none."""
+        id = self._tokenizer.token_to_id(text)
+        added = self._tokenizer.get_added_tokens_decoder()
+        return id if id in added and added[id].special else None
 
     def to_bytes(self) -> bytes:
         """Give the tokenizer.json."""
@@ -153,6 +165,35 @@ def train(documents: Iterable[str], *, vocab_size: int, min_frequency: int) -> B
             "less, or give more text."
         )
     return ByteLevelTokenizer(tokenizer.to_str(pretty=True).encode(), origin=FILE_NAME)
+
+
+def extend(tokenizer: ByteLevelTokenizer, tokens: Sequence[str]) -> ByteLevelTokenizer:
+    """Append special tokens to a tokenizer.json.
+
+    Raises:
+        InputError: a token is an ordinary one already, or the file skips ids, and the library gives
+            a new token the first id that is free.
+    """
+    table = json.loads(tokenizer.to_bytes().decode("utf-8-sig"))
+    added = table.setdefault("added_tokens", [])
+    known = {*table["model"]["vocab"], *(row["content"] for row in added)}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    for id, text in enumerate(tokens, tokenizer.vocab_size):
+        if text in known:
+            raise InputError(
+                f"{FILE_NAME}: {text} is an ordinary token of this file, so a text could hold it. "
+                'Mark it as "special", or use another tokenizer.'
+            )
+        added.append({"id": id, "content": text, **plain, "special": True})
+    content = json.dumps(table, indent=2, ensure_ascii=False).encode()
+    extended = ByteLevelTokenizer(content, origin=FILE_NAME)
+    for id, text in enumerate(tokens, tokenizer.vocab_size):
+        if extended.control_id(text) != id:
+            raise InputError(
+                f"{FILE_NAME}: the ids of its tokens have gaps, so {text} cannot stand behind them. "
+                "Use another tokenizer."
+            )
+    return extended
 
 
 def checked(documents: Iterable[str]) -> Iterator[str]:

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -112,6 +112,7 @@ def tokenise_group(
                                 split=split,
                                 data=data,
                                 tokenizer=tokenizer,
+                                masked=False,
                             )
                         )
                     ids = [tokenizer.bos_id, *ids, tokenizer.eos_id]
@@ -172,7 +173,7 @@ def tokenise_groups(
     folder: Path,
     on_progress: Callable[[int], object],
 ) -> list[GroupRecord]:
-    """Tokenise every group that is not done yet, in as many processes as `data.workers` says.
+    """Tokenise every group that is not done yet, where `data.runner` says.
 
     Args:
         tokenizer_path: File of `tokenizer`, for the other processes to load.
@@ -184,13 +185,42 @@ def tokenise_groups(
     records = {group.name: finished_group(group, folder=folder) for group in groups}
     todo = [group for group in groups if records[group.name] is None]
     on_progress(sum(group.bytes for group in groups if records[group.name] is not None))
+    if data.runner == "ray":
+        from tinyllm_jax.data.ray_groups import run_on_ray as runner
+    else:
+        runner = run_here
+    done = runner(
+        todo,
+        data=data,
+        tokenizer=tokenizer,
+        tokenizer_path=tokenizer_path,
+        folder=folder,
+        on_progress=on_progress,
+    )
+    with contextlib.closing(done):
+        for group, record in done:
+            records[group.name] = record
+    return [record for record in records.values() if record is not None]
+
+
+def run_here(
+    todo: Sequence[Group],
+    *,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    tokenizer_path: Path,
+    folder: Path,
+    on_progress: Callable[[int], object],
+) -> Generator[tuple[Group, GroupRecord], None, None]:
+    """Tokenise groups in processes of this machine, and give each with its record as it is done."""
     processes = min(data.workers or available_cores(), len(todo))
     if processes <= 1:  # starting a process takes longer than a small corpus
         for group in todo:
-            records[group.name] = tokenise_group(
+            record = tokenise_group(
                 group, data=data, tokenizer=tokenizer, folder=folder, on_progress=on_progress
             )
-        return [record for record in records.values() if record is not None]
+            yield group, record
+        return
     # Spawn, since JAX's threads in this process would be cut off in the middle by a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=start_worker) as pool:
@@ -199,8 +229,9 @@ def tokenise_groups(
         }
         try:
             for job in as_completed(jobs):
-                records[jobs[job].name] = job.result()
+                record = job.result()
                 on_progress(jobs[job].bytes)
+                yield jobs[job], record
         except BrokenProcessPool:
             raise InputError(
                 "A process that prepared text was killed, probably for lack of memory. Use "
@@ -209,7 +240,11 @@ def tokenise_groups(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return [record for record in records.values() if record is not None]
+
+
+def is_toy(path: str) -> bool:
+    """Tell the built-in stories, whose parts are no files, from files."""
+    return path.startswith("toy:")
 
 
 def available_cores() -> int:

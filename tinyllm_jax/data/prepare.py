@@ -20,7 +20,7 @@ from tinyllm_jax.config import Config, DataConfig, data_dir
 from tinyllm_jax.data import toy_stories
 from tinyllm_jax.data.corpus import Part, find_parts, sample_documents
 from tinyllm_jax.data.files import locked, sha256_of_file, write_file
-from tinyllm_jax.data.groups import GroupRecord, plan_groups, tokenise_groups
+from tinyllm_jax.data.groups import GroupRecord, is_toy, plan_groups, tokenise_groups
 from tinyllm_jax.data.shards import (
     ShardRecord,
     Split,
@@ -314,11 +314,6 @@ def describe_sources(parts: Sequence[Part], data: DataConfig) -> list[dict[str, 
             }
         sources[part.split, facts["path"]] = {"split": part.split, **facts}
     return list(sources.values())
-
-
-def is_toy(path: str) -> bool:
-    """Tell the built-in stories, whose parts are no files, from files."""
-    return path.startswith("toy:")
 
 
 def document_settings(data: DataConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex
 
 import sentencepiece
 
@@ -114,6 +114,11 @@ class SentencePieceTokenizer:
         """Show one token to a person; a byte shows as `<0xE2>`."""
         return self._processor.id_to_piece(id).replace(SPACE_MARK, " ")
 
+    def control_id(self, text: str) -> int | None:
+        """Look up the control token of this name; None where there is none."""
+        id = self._processor.piece_to_id(text)
+        return id if self._processor.is_control(id) else None
+
     def to_bytes(self) -> bytes:
         """Give the model file."""
         return self._content
@@ -168,6 +173,30 @@ def train(
     except RuntimeError as error:
         explain(error, vocab_size=vocab_size)
     return SentencePieceTokenizer(model.getvalue(), origin=FILE_NAME)
+
+
+def extend(tokenizer: SentencePieceTokenizer, tokens: Sequence[str]) -> SentencePieceTokenizer:
+    """Append control pieces to a model; SentencePiece never makes those of text.
+
+    Raises:
+        InputError: a token is an ordinary piece already.
+    """
+    # Here, since only this needs protobuf.
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(tokenizer.to_bytes())
+    known = {piece.piece for piece in proto.pieces}
+    for text in tokens:
+        if text in known:
+            raise InputError(
+                f"{FILE_NAME}: {text} is an ordinary piece of this model, so a text could hold it. "
+                "Use another tokenizer."
+            )
+        proto.pieces.add(piece=text, score=0.0, type=proto.SentencePiece.CONTROL)
+        proto.trainer_spec.control_symbols.append(text)
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    return SentencePieceTokenizer(proto.SerializeToString(), origin=FILE_NAME)
 
 
 def explain(error: RuntimeError, *, vocab_size: int) -> NoReturn:

@@ -5,6 +5,8 @@ A shard holds one split of one piece of the corpus as `.npy` files:
 - stream: `NAME.npy`, all tokens in a line;
 - padded: `NAME.npy`, one document a row, and `NAME.lengths.npy`, the tokens of each row;
 - packed: `NAME.npy`, and `NAME.segments.npy`, for each token the number of its document in the row.
+
+Rows of which not all is learnt have `NAME.learn.npy` besides: for each token whether it is a target.
 """
 
 import contextlib
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Bool, Integer
 
 from tinyllm_jax.config import DataConfig
 from tinyllm_jax.data.files import replacing, sha256_of_file
@@ -33,6 +35,8 @@ from tinyllm_jax.errors import InputError
 # Held in memory before they are written.
 ROWS_AT_ONCE = 256
 DOCUMENTS_AT_ONCE = 256
+# Ids leave the highest bit free; while rows are packed it says that a token is learnt.
+LEARN_BIT = np.uint32(1 << 31)
 
 
 class GrowingArray:
@@ -95,6 +99,7 @@ class ShardRecord:
     filled_tokens: int = 0  # stored tokens that are no padding; counts a repeated token twice
     long_documents: int = 0  # documents longer than a row
     truncated_tokens: int = 0  # left out of rows
+    learnt_tokens: int = 0  # targets, where a row says for each token whether it is one
 
 
 class ShardWriter:
@@ -107,6 +112,7 @@ class ShardWriter:
         *,
         data: DataConfig,
         tokenizer: Tokenizer,
+        masked: bool,
     ):
         """Take the arrays to write to and the record to count in."""
         self.record = record
@@ -114,6 +120,7 @@ class ShardWriter:
         self._data = data
         self._pad_id = tokenizer.pad_id
         self._dtype = token_dtype(tokenizer.vocab_size)
+        self._masked = masked
         self._row_width = data.sequence_length + 1
         self._packer = (
             PackedRows(row_width=self._row_width, tokens_at_once=TOKENS_AT_ONCE)
@@ -145,6 +152,29 @@ class ShardWriter:
         if len(self._rows) >= ROWS_AT_ONCE:
             self._write_rows()
 
+    def add_masked(
+        self,
+        ids: Integer[np.ndarray, " tokens"],
+        learn: Bool[np.ndarray, " tokens"],
+        *,
+        text_bytes: int,
+    ) -> None:
+        """Write one document of a row at most, with what of it is learnt.
+
+        Args:
+            text_bytes: UTF-8 bytes of what is learnt.
+        """
+        assert self._masked
+        assert len(ids) <= self._row_width
+        record = self.record
+        record.documents += 1
+        record.text_bytes += text_bytes
+        record.tokens += len(ids)
+        record.learnt_tokens += int(np.count_nonzero(learn))
+        self._rows += self._packer.add(ids.astype(np.uint32) | learn * LEARN_BIT)
+        if len(self._rows) >= ROWS_AT_ONCE:
+            self._write_rows()
+
     def _write_line(self) -> None:
         tokens = np.concatenate([np.empty(0, self._dtype), *self._line])
         self._arrays[0].append(tokens)
@@ -152,9 +182,13 @@ class ShardWriter:
         self._line = []
 
     def _write_rows(self) -> None:
+        dtype = np.dtype(np.uint32) if self._masked else self._dtype
         tokens, segments = fill_rows(
-            self._rows, row_width=self._row_width, pad_id=self._pad_id, dtype=self._dtype
+            self._rows, row_width=self._row_width, pad_id=self._pad_id, dtype=dtype
         )
+        if self._masked:
+            self._arrays[2].append(tokens >= LEARN_BIT)
+            tokens = tokens & ~LEARN_BIT
         lengths = np.count_nonzero(segments, axis=1)
         self._arrays[0].append(tokens)
         self._arrays[1].append(lengths if self._data.packing == "padded" else segments)
@@ -173,9 +207,19 @@ class ShardWriter:
 
 @contextlib.contextmanager
 def shard_writer(
-    folder: Path, name: str, *, split: str, data: DataConfig, tokenizer: Tokenizer
+    folder: Path,
+    name: str,
+    *,
+    split: str,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    masked: bool,
 ) -> Iterator[ShardWriter]:
-    """Write one shard; its files appear, and its record is complete, when the block ends well."""
+    """Write one shard; its files appear, and its record is complete, when the block ends well.
+
+    Args:
+        masked: Documents come with what of them is learnt (`add_masked`); not for a stream.
+    """
     width = data.sequence_length + 1
     tokens = token_dtype(tokenizer.vocab_size)
     files: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
@@ -187,13 +231,16 @@ def shard_writer(
     else:
         files[f"{name}.npy"] = (tokens, (width,))
         files[f"{name}.segments.npy"] = (np.dtype(np.uint16), (width,))
+    if masked:
+        assert data.packing != "stream"
+        files[f"{name}.learn.npy"] = (np.dtype(bool), (width,))
     record = ShardRecord(name=name, split=split, files={})
     with contextlib.ExitStack() as stack:
         arrays = [
             stack.enter_context(growing_array(folder / file_name, dtype=dtype, row_shape=shape))
             for file_name, (dtype, shape) in files.items()
         ]
-        writer = ShardWriter(record, arrays, data=data, tokenizer=tokenizer)
+        writer = ShardWriter(record, arrays, data=data, tokenizer=tokenizer, masked=masked)
         yield writer
         writer.finish()
     for file_name in files:
@@ -208,6 +255,7 @@ class Shard:
     tokens: Integer[np.ndarray, " tokens"] | Integer[np.ndarray, "rows width"]
     lengths: Integer[np.ndarray, " rows"] | None
     segments: Integer[np.ndarray, "rows width"] | None
+    learn: Bool[np.ndarray, "rows width"] | None = None  # None: every token is learnt
 
 
 @dataclass(frozen=True)
@@ -222,6 +270,7 @@ class Split:
     documents: int
     text_bytes: int
     tokens: int
+    learnt_tokens: int = 0  # 0 where all are learnt
 
     @property
     def unreachable_tokens(self) -> int:
@@ -252,6 +301,7 @@ def open_split(
         documents=sum(record.documents for record in own),
         text_bytes=sum(record.text_bytes for record in own),
         tokens=sum(record.tokens for record in own),
+        learnt_tokens=sum(record.learnt_tokens for record in own),
     )
 
 
@@ -266,6 +316,7 @@ def open_shard(folder: Path, record: ShardRecord, *, packing: str) -> Shard:
         tokens=array(""),
         lengths=array(".lengths") if packing == "padded" else None,
         segments=array(".segments") if packing == "packed" else None,
+        learn=array(".learn") if f"{record.name}.learn.npy" in record.files else None,
     )
 
 

@@ -42,6 +42,10 @@ class Tokenizer(Protocol):
         """Show one token to a person; a byte that is no text by itself shows as `<0xE2>`."""
         ...
 
+    def control_id(self, text: str) -> int | None:
+        """Look up the control token of this name; None where there is none."""
+        ...
+
     def to_bytes(self) -> bytes:
         """Give the tokenizer file."""
         ...
@@ -94,6 +98,28 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         return bytelevel.ByteLevelTokenizer(content, origin=str(path))
     return sentencepiece_bpe.SentencePieceTokenizer(content, origin=str(path))
+
+
+def extend_tokenizer(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
+    """Put control tokens behind the vocabulary; every text keeps the ids that it has.
+
+    Those that the tokenizer has already are not added again, and with all of them it is given back
+    as it is.
+
+    Raises:
+        InputError: a token is there already as one that text can become.
+    """
+    missing = [text for text in tokens if tokenizer.control_id(text) is None]
+    if not missing:
+        return tokenizer
+    if isinstance(tokenizer, sentencepiece_bpe.SentencePieceTokenizer):
+        extended: Tokenizer = sentencepiece_bpe.extend(tokenizer, missing)
+    else:
+        assert isinstance(tokenizer, bytelevel.ByteLevelTokenizer)
+        extended = bytelevel.extend(tokenizer, missing)
+    places = range(tokenizer.vocab_size, extended.vocab_size)
+    assert [extended.control_id(text) for text in missing] == list(places)
+    return extended
 
 
 def check_tokenizer_hash(tokenizer: Tokenizer, *, expected: str, origin: str) -> None:

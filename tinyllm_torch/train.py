@@ -46,16 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
     start = find_start(preset, overrides, problems, say=say)
     config, folder = start.config, start.folder
-    if config.run.dry_run:
-        raise InputError(
-            "run.dry_run: the twin has no compiler to ask for memory and time. Use python -m "
-            "tinyllm_jax.train --dry-run with the same flags."
-        )
-    if config.parallel != ParallelConfig():
-        raise InputError(
-            "parallel: the twin trains on one device. Add --parallel.strategy mesh --parallel.data -1 "
-            "--parallel.fsdp 1 --parallel.tensor 1 --parallel.expert 1."
-        )
+    refuse_what_is_not_here(config)
     if start.resumed and start.resumed.step >= config.train.max_steps:
         say(
             f"{start.resumed.folder}: the run is finished at step {start.resumed.step}. To train "
@@ -81,6 +72,44 @@ def main(words: Sequence[str] | None = None) -> int:
             sample=sample,
         )
     return say_how_it_ended(start, outcome)
+
+
+def refuse_what_is_not_here(config: Config) -> None:
+    """Refuse settings of which only the JAX side makes something."""
+    if config.run.mode != "pretrain":
+        raise InputError(
+            f"run.mode={config.run.mode}: the twin has its losses, and no runs of it. Use python -m "
+            "tinyllm_jax.train with the same flags."
+        )
+    if config.run.dry_run:
+        raise InputError(
+            "run.dry_run: the twin has no compiler to ask for memory and time. Use python -m "
+            "tinyllm_jax.train --dry-run with the same flags."
+        )
+    if config.run.profile:
+        raise InputError(
+            "run.profile: the twin writes no trace. Use --profile 0, or python -m tinyllm_jax.train."
+        )
+    if config.train.steps_per_dispatch > 1:
+        raise InputError(
+            "train.steps_per_dispatch: the twin takes one step after another. Add "
+            "--train.steps_per_dispatch 1."
+        )
+    if config.train.corpus_on_device == "always":
+        raise InputError(
+            "train.corpus_on_device: the twin reads its rows on the host. Add "
+            "--train.corpus_on_device auto."
+        )
+    if config.distributed.coordinator:
+        raise InputError(
+            "distributed.coordinator: the twin trains in one process. Leave it out, or use python -m "
+            "tinyllm_jax.train."
+        )
+    if config.parallel != ParallelConfig():
+        raise InputError(
+            "parallel: the twin trains on one device. Add --parallel.strategy mesh --parallel.data -1 "
+            "--parallel.fsdp 1 --parallel.tensor 1 --parallel.expert 1."
+        )
 
 
 def read_command(words: Sequence[str] | None) -> tuple[str | None, dict[str, Any], list[str]]:

@@ -13,25 +13,53 @@ from tinyllm_jax.data.batches import Batch, Batches, EvaluationBatches
 from tinyllm_jax.data.prepare import PreparedData
 from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.data.toy_stories import entropy_bits_per_byte, floor_bits
-from tinyllm_jax.objectives.losses import cross_entropy_sum
-from tinyllm_jax.training.loop import HostBatch, Objective
+from tinyllm_jax.objectives.device_rows import corpus_arrays, lies_on_device, row_reader
+from tinyllm_jax.objectives.losses import head_cross_entropy_sum
+from tinyllm_jax.objectives.router_losses import add_router_losses
+from tinyllm_jax.training.distributed import hosts
+from tinyllm_jax.training.loop import DeviceCorpus, HostBatch, Objective
 
 
 def make_pretraining(config: Config, prepared: PreparedData) -> Objective:
     """Give `fit` the batches and the loss of next-token prediction on a prepared corpus."""
-    train = Batches(prepared.train, rows_per_step=config.rows_per_step, seed=config.train.seed)
-    validation = EvaluationBatches(
+    floor = None
+    is_toy = config.data.paths == ("toy",) and not config.data.validation_paths
+    if is_toy and hosts().is_first:  # who reads all validation rows, and reports what follows
+        floor = floor_of_rows(evaluation_rows(config, prepared), prepared.tokenizer)
+    return make_next_token_objective(
+        config, prepared, describe_loss=loss_describer(prepared, floor)
+    )
+
+
+def evaluation_rows(config: Config, prepared: PreparedData) -> EvaluationBatches:
+    """Give the rows that every evaluation of a run looks at."""
+    return EvaluationBatches(
         prepared.validation, batch_size=config.train.batch_size, count=config.train.eval_batches
     )
-    floor = None
-    if config.data.paths == ("toy",) and not config.data.validation_paths:
-        floor = floor_of_rows(validation, prepared.tokenizer)
+
+
+def make_next_token_objective(
+    config: Config, prepared: PreparedData, *, describe_loss: Callable[[float], dict[str, float]]
+) -> Objective:
+    """Give `fit` rows of tokens, of which those with a True `loss_mask` are predicted."""
+    validation = evaluation_rows(config, prepared)
+    train = Batches(prepared.train, rows_per_step=config.rows_per_step, seed=config.train.seed)
+    corpus = None
+    if lies_on_device(config, prepared.train):
+        corpus = DeviceCorpus(
+            arrays=corpus_arrays(prepared.train),
+            read_rows=row_reader(prepared.train),
+            places=lambda number: {"places": train.places(number).astype(np.int32)},
+        )
     return Objective(
         loss_sums=next_token_loss,
         loss_weight=count_targets,
-        train_batch=lambda number: as_arrays(train.batch(number)),
-        evaluation_batches=lambda: map(as_arrays, validation),
-        describe_loss=loss_describer(prepared, floor),
+        train_batch=lambda number, rows=None: as_arrays(train.batch(number, rows=rows)),
+        evaluation_batches=lambda rows=None: (
+            as_arrays(validation.batch(index, rows=rows)) for index in range(len(validation))
+        ),
+        describe_loss=describe_loss,
+        corpus=corpus,
     )
 
 
@@ -59,21 +87,10 @@ def next_token_loss(
         counted=batch["loss_mask"],
         dropout_key=dropout_key,
     )
-    logits = model.logits(hidden.states)
-    loss = cross_entropy_sum(logits, batch["targets"], batch["loss_mask"])
-    if hidden.routing is None:
-        return loss, {"loss": loss}
-    # Each is a mean over the targets of a pass.
-    config, routing, targets = model.config, hidden.routing, count_targets(batch)
-    added = config.router_aux_loss_coef * jnp.sum(routing.balance_loss)
-    added = added + config.router_z_loss_coef * jnp.sum(routing.z_loss)
-    told = {
-        "loss": loss,
-        "router_balance_loss": targets * jnp.mean(routing.balance_loss),
-        "router_z_loss": targets * jnp.mean(routing.z_loss),
-        "expert_load": targets * routing.load,
-    }
-    return loss + targets * added, told
+    loss = head_cross_entropy_sum(model, hidden.states, batch["targets"], batch["loss_mask"])
+    return add_router_losses(
+        loss, {"loss": loss}, hidden.routing, model.config, weight=count_targets(batch)
+    )
 
 
 def count_targets(batch: dict[str, Array]) -> Float[Array, ""]:

@@ -158,6 +158,9 @@ class Transformer(nn.Module):
             self.lm_head = Linear(
                 hidden, config.vocab_size, std=std, dtype=dtype, generator=generator
             )
+        if config.score_head:
+            # Scores begin near 0: normed states are about sqrt(hidden) long.
+            self.score = Linear(hidden, 1, std=std / hidden**0.5, dtype=dtype, generator=generator)
         self.config = config
 
     def forward(
@@ -264,3 +267,11 @@ class Transformer(nn.Module):
         # torch rounds a product to its inputs' type, so they are widened first; no bit is lost.
         logits = torch.einsum(equation, rows.to(wide), matrix.to(dtype).to(wide))
         return logits.reshape(*hidden.shape[:-1], -1)
+
+    def scores(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq"]:
+        """Give the score head's number at each position, summed in float32 (float64 stays float64)."""
+        dtype = hidden.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        scores = torch.einsum("re,e->r", rows.to(wide), self.score.weight[0].to(dtype).to(wide))
+        return scores.reshape(hidden.shape[:-1])

@@ -111,7 +111,7 @@ def to_jax_weights(weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
         array, stem = np.asarray(array), name.removesuffix(".weight")
         if found := _EXPERT.fullmatch(stem):
             experts.setdefault(f"{found[1]}.experts.{found[3]}.kernel", {})[int(found[2])] = array.T
-        elif stem.endswith(("_proj", "lm_head", "mlp.gate")):
+        elif stem.endswith(("_proj", "lm_head", "mlp.gate", "score")):
             renamed[f"{stem}.kernel"] = array.T
         else:
             renamed[name] = array

@@ -1,5 +1,7 @@
 """Losses on logits, summed over targets; what they are divided by is the train step's business."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -21,3 +23,21 @@ def cross_entropy_sum(
     log_sum = torch.log(torch.sum(torch.exp(logits - largest), dim=-1)) + largest[..., 0]
     chosen = torch.take_along_dim(logits, targets[..., None].long(), dim=-1)[..., 0]
     return torch.sum(torch.where(loss_mask, log_sum - chosen, 0.0))
+
+
+def head_cross_entropy_sum(
+    model: Any,
+    hidden: Float[Tensor, "batch seq hidden"],
+    targets: Int[Tensor, "batch seq"],
+    loss_mask: Bool[Tensor, "batch seq"],
+) -> Float[Tensor, ""]:
+    """Do the `cross_entropy_sum` of a model's logits.
+
+    Args:
+        model: A `Transformer`; its head is what counts here.
+        hidden: Final hidden states.
+
+    Returns:
+        Nats.
+    """
+    return cross_entropy_sum(model.logits(hidden), targets, loss_mask)

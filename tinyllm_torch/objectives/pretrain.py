@@ -11,7 +11,8 @@ from torch import Tensor
 from tinyllm_jax.config import Config
 from tinyllm_jax.data.batches import Batch, Batches, EvaluationBatches
 from tinyllm_jax.data.prepare import PreparedData
-from tinyllm_torch.objectives.losses import cross_entropy_sum
+from tinyllm_torch.objectives.losses import head_cross_entropy_sum
+from tinyllm_torch.objectives.router_losses import add_router_losses
 from tinyllm_torch.training.loop import HostBatch, Objective
 
 
@@ -54,21 +55,10 @@ def next_token_loss(
         counted=batch["loss_mask"],
         generator=generator,
     )
-    logits = model.logits(hidden.states)
-    loss = cross_entropy_sum(logits, batch["targets"], batch["loss_mask"])
-    if hidden.routing is None:
-        return loss, {"loss": loss}
-    # Each is a mean over the targets of a pass.
-    config, routing, targets = model.config, hidden.routing, count_targets(batch)
-    added = config.router_aux_loss_coef * torch.sum(routing.balance_loss)
-    added = added + config.router_z_loss_coef * torch.sum(routing.z_loss)
-    told = {
-        "loss": loss,
-        "router_balance_loss": targets * torch.mean(routing.balance_loss),
-        "router_z_loss": targets * torch.mean(routing.z_loss),
-        "expert_load": targets * routing.load,
-    }
-    return loss + targets * added, told
+    loss = head_cross_entropy_sum(model, hidden.states, batch["targets"], batch["loss_mask"])
+    return add_router_losses(
+        loss, {"loss": loss}, hidden.routing, model.config, weight=count_targets(batch)
+    )
 
 
 def count_targets(batch: dict[str, Tensor]) -> Float[Tensor, ""]:

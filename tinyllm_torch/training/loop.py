@@ -1,5 +1,6 @@
 """The one training loop: every objective brings batches and a loss, `fit` does the rest."""
 
+import itertools
 import math
 import signal
 import time
@@ -110,7 +111,9 @@ def fit(
         MetricsFile(folder / "metrics.jsonl", resume_step=first_step) as metrics,
         Progress(first_step=first_step, max_steps=settings.max_steps) as progress,
         stop_on_signals() as wish,
-        prefetch(objective.train_batch, start_step=first_step, depth=PREFETCH_DEPTH) as batches,
+        prefetch(
+            objective.train_batch, itertools.count(first_step), depth=PREFETCH_DEPTH
+        ) as batches,
     ):
         log = StepLog(
             folder,

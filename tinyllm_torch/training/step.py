@@ -86,7 +86,8 @@ def make_train_step(
         for index in range(passes):
             piece = {name: rows[index] for name, rows in pieces.items()}
             one_loss, one_means = pass_loss(model, piece, generator, total)
-            one_pass = torch.autograd.grad(one_loss, parameters)
+            # A head that the loss does not use has a gradient of zero, as in JAX.
+            one_pass = torch.autograd.grad(one_loss, parameters, materialize_grads=True)
             minimised = minimised + one_loss.detach()
             means = {name: means.get(name, 0.0) + mean for name, mean in one_means.items()}
             sums = [so_far + new for so_far, new in zip(sums, one_pass, strict=True)]

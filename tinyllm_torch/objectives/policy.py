@@ -1,0 +1,203 @@
+"""Learning from answers that the model sampled itself: PPO and GRPO.
+
+Source: PPO: Schulman et al. 2017, arXiv:1707.06347; GRPO: Shao et al. 2024, arXiv:2402.03300; a
+higher upper end of the clip range, and the mean over tokens: Yu et al. 2025, arXiv:2503.14476
+(DAPO), equation 8.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tinyllm_jax.config import RlhfConfig
+from tinyllm_torch.objectives.log_probs import answer_lengths, entropy, target_log_probs
+from tinyllm_torch.objectives.router_losses import add_router_losses
+from tinyllm_torch.training.step import LossSums, LossWeight
+
+
+def clipped_policy_losses(
+    log_probs: Float[Tensor, "batch seq"],
+    old_log_probs: Float[Tensor, "batch seq"],
+    advantages: Float[Tensor, "batch seq"],
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Float[Tensor, "batch seq"]:
+    """Give the loss of each token, which ends to fall where its probability has moved far enough.
+
+    Source:
+        PPO, equation 7; with two ends of the range: DAPO, equation 8.
+    """
+    ratios = torch.exp(log_probs - old_log_probs)
+    clipped = torch.clamp(ratios, 1.0 - clip_low, 1.0 + clip_high)
+    return -torch.minimum(ratios * advantages, clipped * advantages)
+
+
+def clipped_value_losses(
+    values: Float[Tensor, "batch seq"],
+    old_values: Float[Tensor, "batch seq"],
+    returns: Float[Tensor, "batch seq"],
+    *,
+    value_clip: float,
+) -> Float[Tensor, "batch seq"]:
+    """Give half the squared error of each value, or of one held near its old self if that is larger.
+
+    Args:
+        value_clip: How far from the old one; 0 leaves values free.
+
+    Source:
+        PPO, equation 9 (its L^VF); half of it, and the clip: openai/baselines, ppo2/model.py.
+    """
+    errors = torch.square(values - returns)
+    if value_clip > 0:
+        near = old_values + torch.clamp(values - old_values, -value_clip, value_clip)
+        errors = torch.maximum(errors, torch.square(near - returns))
+    return 0.5 * errors
+
+
+def kl_k3(
+    log_probs: Float[Tensor, "batch seq"], reference_log_probs: Float[Tensor, "batch seq"]
+) -> Float[Tensor, "batch seq"]:
+    """Estimate the divergence from the reference at tokens that the policy sampled, in nats.
+
+    Without bias and never below 0.
+
+    Source:
+        Schulman 2020, joschu.net/blog/kl-approx.html (k3); GRPO, equation 4.
+    """
+    ratios = reference_log_probs - log_probs
+    return torch.exp(ratios) - ratios - 1.0
+
+
+def sum_over_answers(
+    terms: Float[Tensor, "batch seq"], loss_mask: Bool[Tensor, "batch seq"], *, loss_level: str
+) -> Float[Tensor, ""]:
+    """Sum what each token of an answer gives (token), or the mean of each answer (sequence)."""
+    # A product with the mask would keep what is no number outside of it.
+    terms = torch.where(loss_mask, terms, 0.0)
+    if loss_level == "sequence":
+        terms = terms / answer_lengths(loss_mask)[:, None]
+    return torch.sum(terms)
+
+
+def make_policy_weight(settings: RlhfConfig) -> LossWeight:
+    """Make the function that counts what the loss is a mean over: tokens, or answers."""
+
+    def loss_weight(batch: dict[str, Tensor]) -> Float[Tensor, ""]:
+        mask = batch["loss_mask"]
+        # The last axis, since on a mesh the rows of a step are cut into passes already.
+        counted = mask if settings.loss_level == "token" else torch.any(mask, dim=-1)
+        return torch.sum(counted, dtype=torch.float32)
+
+    return loss_weight
+
+
+def make_policy_loss(settings: RlhfConfig) -> LossSums:
+    """Make the function that sums the losses of a batch's sampled tokens.
+
+    GRPO adds the divergence from the reference; PPO, whose rewards hold it already, the loss of the
+    value function.
+
+    What it tells, each a sum of the same weights:
+
+    - `loss`: all that is minimised, without what routers add; `policy_loss` alone.
+    - `kl`: divergence from the reference, and `old_kl` from the policy that sampled, both k3.
+    - `entropy`; `ratio` of the probability to the old one; `clip_fraction` of tokens whose loss
+      tells the policy nothing since they are outside the range.
+    - ppo: `value_loss`, and `return`, `return_square`, `value_error` and `value_error_square`, of
+      which `explained_variance` is made.
+    """
+    loss_weight = make_policy_weight(settings)
+
+    def loss_sums(
+        model: Any, batch: dict[str, Tensor], generator: torch.Generator | None
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        mask = batch["loss_mask"]
+        hidden = model.hidden(batch["tokens"], counted=mask, generator=generator)
+        logits = model.logits(hidden.states)
+        log_probs = target_log_probs(logits, batch["targets"])
+        values = model.scores(hidden.states) if settings.algorithm == "ppo" else None
+        told = policy_terms(log_probs, values, batch, settings=settings)
+        told["entropy"] = entropy(logits)
+        sums = {
+            name: sum_over_answers(terms, mask, loss_level=settings.loss_level)
+            for name, terms in told.items()
+        }
+        return add_router_losses(
+            sums["loss"], sums, hidden.routing, model.config, weight=loss_weight(batch)
+        )
+
+    return loss_sums
+
+
+def policy_terms(
+    log_probs: Float[Tensor, "batch seq"],
+    values: Float[Tensor, "batch seq"] | None,
+    batch: Mapping[str, Tensor],
+    *,
+    settings: RlhfConfig,
+) -> dict[str, Float[Tensor, "batch seq"]]:
+    """Give the loss of each token and what is told of it; only an answer's tokens mean anything.
+
+    Args:
+        log_probs: Of the targets, in nats.
+        values: What is expected before each target, in reward units; None for GRPO.
+        batch: `old_log_probs`, `reference_log_probs`, `advantages`, `loss_mask`; for PPO
+            `old_values` and `returns`.
+    """
+    # Where nothing was sampled, an exponential could overflow, and make its gradient no number.
+    mask = batch["loss_mask"]
+    log_probs, old, reference, advantages = (
+        torch.where(mask, array, 0.0)
+        for array in (
+            log_probs,
+            batch["old_log_probs"],
+            batch["reference_log_probs"],
+            batch["advantages"],
+        )
+    )
+    ratios = torch.exp(log_probs - old)
+    too_high = (ratios > 1.0 + settings.clip_high) & (advantages > 0)
+    too_low = (ratios < 1.0 - settings.clip_low) & (advantages < 0)
+    told = {
+        "policy_loss": clipped_policy_losses(
+            log_probs,
+            old,
+            advantages,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+        ),
+        "kl": kl_k3(log_probs, reference),
+        "old_kl": kl_k3(log_probs, old),
+        "ratio": ratios,
+        "clip_fraction": (too_high | too_low).to(ratios.dtype),
+    }
+    if values is None:
+        return told | {"loss": told["policy_loss"] + settings.kl_coef * told["kl"]}
+    returns = torch.where(mask, batch["returns"], 0.0)
+    old_values = torch.where(mask, batch["old_values"], 0.0)
+    errors = torch.where(mask, returns - values, 0.0)
+    told["value_loss"] = clipped_value_losses(
+        torch.where(mask, values, 0.0), old_values, returns, value_clip=settings.value_clip
+    )
+    told |= {
+        "return": returns,
+        "return_square": torch.square(returns),
+        "value_error": errors,
+        "value_error_square": torch.square(errors),
+    }
+    return told | {"loss": told["policy_loss"] + settings.value_coef * told["value_loss"]}
+
+
+def explained_variance(means: Mapping[str, Any]) -> Any:
+    """Give the share of the variance of returns that the value function explains: 1 is all.
+
+    Args:
+        means: What the step told of a PPO batch.
+    """
+    left = means["value_error_square"] - means["value_error"] ** 2
+    whole = means["return_square"] - means["return"] ** 2
+    return 1.0 - left / whole

@@ -19,7 +19,7 @@ import numpy as np
 from tinyllm_jax.config import Config, load_config
 from tinyllm_jax.model.attention import reference_attention
 from tinyllm_jax.model.weights import flops_per_token
-from tinyllm_jax.training.dry_run import compile_step, first_state, made_up_batch
+from tinyllm_jax.training.dry_run import compile_step, first_state, made_up_batches
 
 MODES = [(policy, scan) for scan in (False, True) for policy in ("none", "dots", "full")]
 
@@ -42,10 +42,10 @@ def stepper(config: Config) -> tuple[Callable[[], Any], float, int]:
     compiled = compile_step(config)
     seconds = time.perf_counter() - start
     held = {"state": first_state(config)}
-    batch = made_up_batch(config)
+    batch = made_up_batches(config)
 
     def run() -> None:
-        held["state"], numbers = compiled.step(held["state"], batch)
+        held["state"], numbers = compiled.steps(held["state"], batch)
         jax.block_until_ready(numbers)
 
     return run, seconds, compiled.working

@@ -1,6 +1,8 @@
 # The two commands: `make tiny` trains a storyteller, `make test` checks everything.
 PYTHON ?= python3
 BIN := .venv/bin
+# Compilers use one core each; the files stay together, since they share runs and models.
+TWO_AT_ONCE := -n 2 --dist loadfile
 
 .PHONY: tiny test quick lint clean
 
@@ -8,10 +10,10 @@ tiny: .venv/installed
 	$(BIN)/python -m tinyllm_jax.train --config tiny
 
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO_AT_ONCE)
 
 quick: .venv/test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m "not slow"
 
 lint: .venv/test
 	$(BIN)/ruff format --check .

@@ -22,12 +22,12 @@ from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.weights import initial_weights, model_structure
 from tinyllm_jax.objectives.pretrain import count_targets, next_token_loss
 from tinyllm_jax.training.checkpoint import open_checkpoint, read_checkpoint
-from tinyllm_jax.training.dry_run import compile_step, made_up_batch
+from tinyllm_jax.training.dry_run import compile_step, made_up_batches
 from tinyllm_jax.training.metrics import read_metrics
 from tinyllm_jax.training.optim import read_moments
 from tinyllm_jax.training.parallel import make_parallel
 from tinyllm_jax.training.start import Start, first_state
-from tinyllm_jax.training.step import make_train_step, new_state
+from tinyllm_jax.training.step import make_train_step, new_state, scan_steps
 
 COMMON = [
     *SMALL_RUN,
@@ -160,12 +160,13 @@ def nonfinite(*flags: str) -> list[Any]:
         weights = initial_weights(config.model, seed=1)
         return new_state(config, weights | {"norm.weight": weights["norm.weight"] * np.nan})
 
-    step = parallel.compile_train_step(
-        make_train_step(config, structure, next_token_loss, count_targets)
+    steps = parallel.compile_train_steps(
+        scan_steps(make_train_step(config, structure, next_token_loss, count_targets))
     )
     before = jax.device_get(parallel.make_state(broken))
-    batch = parallel.place_batch(jax.device_get(made_up_batch(config)), passes=1)
-    after, _ = step(parallel.make_state(broken), batch)
+    made_up = jax.device_get(made_up_batches(config))
+    batch = {name: rows[0] for name, rows in made_up.items()}
+    after, _ = steps(parallel.make_state(broken), parallel.place_steps([batch], passes=1))
     same = all(
         np.array_equal(np.asarray(after.weights[name]), before.weights[name], equal_nan=True)
         for name in before.weights

@@ -286,10 +286,17 @@ def test_prefetched_results_come_in_order_and_ahead():
         computed.append(step)
         return step * step
 
-    with prefetch(function, start_step=5, depth=2) as results:
+    with prefetch(function, range(5, 100), depth=2) as results:
         assert [next(results) for _ in range(4)] == [25, 36, 49, 64]
         wait_until(lambda: len(computed) == 6)
     assert computed == [5, 6, 7, 8, 9, 10]
+
+
+def test_what_is_prefetched_ends_with_its_inputs():
+    with prefetch(abs, [-1, -2, -3], depth=2) as results:
+        assert list(results) == [1, 2, 3]
+    with prefetch(abs, [], depth=2) as results:
+        assert list(results) == []
 
 
 def test_an_error_while_prefetching_reaches_the_one_who_asks():
@@ -298,7 +305,7 @@ def test_an_error_while_prefetching_reaches_the_one_who_asks():
             raise KeyError("no such row")
         return step
 
-    with prefetch(function, start_step=0, depth=3) as results:
+    with prefetch(function, range(9), depth=3) as results:
         assert [next(results), next(results)] == [0, 1]
         with pytest.raises(KeyError, match="no such row"):
             next(results)
@@ -308,7 +315,7 @@ def test_the_prefetching_thread_ends_with_its_block():
     before = threading.active_count()
 
     def fail_inside() -> None:
-        with prefetch(abs, start_step=0, depth=4) as results:
+        with prefetch(abs, range(9), depth=4) as results:
             next(results)
             assert threading.active_count() == before + 1
             raise ZeroDivisionError
@@ -326,7 +333,7 @@ def test_what_was_not_yet_prefetched_is_given_up_with_the_block():
         time.sleep(0.01)
         return step
 
-    with prefetch(slow, start_step=0, depth=1000) as results:
+    with prefetch(slow, range(2000), depth=1000) as results:
         next(results)
     assert len(computed) < 100
 

@@ -127,7 +127,8 @@ WAIT = """
 import signal, sys, time
 from pathlib import Path
 from convert.landing import landing
-signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts this may ignore them
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 with landing(Path("new/y"), folder=True, replace=False) as hidden:
     hidden.mkdir()
     (hidden / "half").write_text("half")

@@ -98,8 +98,8 @@ def test_made_up_rows_have_the_form_of_real_ones(packing, double, prepared_folde
     config = small_config(packing, train__gradient_accumulation_steps=2)
     real = make_pretraining(config, prepared_data(config, prepared_folder)).train_batch(0)
     with jax.enable_x64(double):
-        made_up = dry_run.made_up_batch(config)
-    form = {name: (rows.shape, rows.dtype) for name, rows in real.items()}
+        made_up = dry_run.made_up_batches(config)
+    form = {name: ((1, *rows.shape), rows.dtype) for name, rows in real.items()}
     assert {name: (rows.shape, rows.dtype) for name, rows in made_up.items()} == form
     assert 0 <= int(made_up["tokens"].min()) <= int(made_up["tokens"].max()) < 512
 
@@ -140,7 +140,7 @@ def test_what_does_not_fit_gets_flags_to_type_that_have_the_memory_they_say(
 @pytest.fixture
 def nothing_fits(monkeypatch) -> None:
     """Let every step take a petabyte, without compiling it."""
-    giant = dry_run.Compiled(step=None, state=10**15, batch=0, working=0)
+    giant = dry_run.Compiled(steps=None, state=10**15, batch=0, working=0)
     monkeypatch.setattr(dry_run, "compile_step", lambda _: giant)
 
 

@@ -107,9 +107,9 @@ def test_padding_behind_a_prompt_stays_in_its_own_slots(weights: Weights) -> Non
     for full, short in zip(
         jax.tree.leaves(read(tokens)), jax.tree.leaves(read(padded)), strict=True
     ):
-        assert full.shape[1] == 20
-        np.testing.assert_array_equal(full[:, :9], short[:, :9])
-        assert np.abs(full[:, 9:16] - short[:, 9:16]).max() > 0
+        assert full.shape[2] == 20
+        np.testing.assert_array_equal(full[:, :, :9], short[:, :, :9])
+        assert np.abs(full[:, :, 9:16] - short[:, :, 9:16]).max() > 0
 
 
 # Greedy -------------------------------------------------------------------------------------------

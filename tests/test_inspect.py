@@ -21,7 +21,7 @@ def test_the_step_shown_is_the_first_step_of_training(capsys, trained_run: Path)
     first = read_metrics(trained_run / "metrics.jsonl")[0]
     assert f"loss {first['loss']:.4f} nats per token" in printed
     assert f"gradient norm {first['grad_norm']:.4f}" in printed
-    for words in ("cpu: cpu", "tokens       int32  [4, 64]", "segment_ids", "embed_tokens.weight",
+    for words in ("cpu: cpu", "tokens                int32   [4, 64]", "segment_ids", "embed_tokens.weight",
                   "parameters", "|gradient|", "Continuation of 'Once upon a time'"):  # fmt: skip
         assert words in printed
 

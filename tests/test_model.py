@@ -412,6 +412,7 @@ CASES: dict[str, Any] = {
     "activation_checkpointing": "full",
     "scan_layers": True,
     "tie_word_embeddings": False,
+    "score_head": True,
     "initializer_range": 0.03,
     "embedding_dropout": 0.1,
     "attention_dropout": 0.1,

@@ -21,18 +21,35 @@ MIRRORED += [
 ONLY_IN_JAX = {
     "inference/generate.py": {"Generator.compilations", "bucket"},  # nothing is compiled
     # torch picks its kernel by itself, and multiplies the masked half with the rest
-    "model/attention.py": {"suits_cudnn", "block_size"},
+    "model/attention.py": {"suits_cudnn", "goes_row_by_row", "row_by_row", "block_size"},
+    # torch's products take any order of axes
+    "model/kv_cache.py": {"LayerCache.slots", "LayerCache.by_slot"},
     "model/layers.py": {"matmul_precision"},  # torch multiplies in float32 unless told
     # torch loops over experts
     "model/moe.py": {
         *("ExpertLinear", "ExpertLinear.forward", "Experts", "Experts.forward", "permute"),
     },
     "model/weights.py": {"describe_size"},  # its commands say more
-    "objectives/pretrain.py": {"floor_of_rows", "whole_documents"},  # the toy text's own entropy
+    "objectives/losses.py": {"count_blocks"},  # the twin holds all logits
+    "objectives/pretrain.py": {
+        *("floor_of_rows", "whole_documents"),  # the toy text's own entropy
+        *("evaluation_rows", "make_next_token_objective"),  # the twin's runs only pretrain
+    },
+    # the twin takes one step after another, of rows that the host has read before
+    "training/loop.py": {
+        *("Rollouts", "Rollouts.batch", "Rollouts.evaluate", "DeviceCorpus", "dispatches"),
+    },
     "training/optim.py": {"read_moments", "write_moments"},  # its state has that form already
+    "training/step.py": {"scan_steps"},
 }
-# Rooms that the twin's plain forms need not have.
-ONLY_IN_JAX_FILES = {"model/grouped_dot.py", "model/placement.py"}
+# Rooms that the twin's plain forms need not have, and those of runs beyond pretraining.
+ONLY_IN_JAX_FILES = {
+    *("model/grouped_dot.py", "model/placement.py", "objectives/device_rows.py"),
+    *(
+        f"objectives/{name}.py"
+        for name in ("conversations", "pairs", "rewards", "rollouts", "policy_objective")
+    ),
+}
 ONLY_IN_TORCH = {
     "inference/language_model.py": {"model_from_bundle", "bundle_from_model"},
     "inference/sampling.py": {"first_largest"},  # jnp.argmax

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from conftest import SMALL_RUN
 from jax.experimental.compilation_cache import compilation_cache
+from test_hosts import DISTRIBUTED_CHANGES
 from test_model import CASES as MODEL_CASES
 from test_optim import OPTIMIZER_CHANGES
 from test_sharding import PARALLEL_CHANGES
@@ -26,13 +28,16 @@ from tinyllm_jax import generate, train
 from tinyllm_jax.config import Config, GenerateConfig, TokenizerConfig, load_config
 from tinyllm_jax.data import groups
 from tinyllm_jax.data import prepare as prepare_module
+from tinyllm_jax.data.chat_template import CONTROL_TOKENS
 from tinyllm_jax.data.prepare import prepare
-from tinyllm_jax.data.tokenizer import train_tokenizer
+from tinyllm_jax.data.prepare_chat import prepare_conversations
+from tinyllm_jax.data.tokenizer import extend_tokenizer, load_tokenizer, train_tokenizer
 from tinyllm_jax.data.toy_stories import generate_stories
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference import generate as jax_generators
 from tinyllm_jax.inference import language_model
 from tinyllm_jax.settings import setting_fields
+from tinyllm_jax.tasks import plain_sample
 from tinyllm_jax.training import dry_run, loop
 from tinyllm_jax.training.checkpoint import open_checkpoint
 from tinyllm_jax.training.metrics import read_metrics
@@ -93,6 +98,16 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "stories.jsonl").write_text("".join(lines))
     (folder / "others.jsonl").write_text("".join(lines[:40]))
     (folder / "broken.jsonl").write_text("".join([*lines, "{broken\n"]))
+    asked = {"role": "user", "content": "Go on."}
+    chats = [
+        {
+            "messages": [asked, {"role": "assistant", "content": text[:60]}],
+            "instruction": text[:20],
+            "output": text[:60],
+        }
+        for text in STORIES
+    ]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
     (folder / "stories.txt").write_text("<|endoftext|>".join(documents).replace(". ", ".\n\n"))
     other = ["mountains were called numbers by certain lawyers of quality"] * 20
     tokenizer = train_tokenizer(iter(other), config=TokenizerConfig(), vocab_size=300)
@@ -113,6 +128,13 @@ def rows(settings: Settings) -> Any:
         for split in (prepared.train, prepared.validation)
         for shard in split.shards
     ]
+
+
+def rows_of_conversations(settings: Settings) -> Any:
+    """Show every stored token of conversations."""
+    tokenizer = extend_tokenizer(load_tokenizer("tokenizer.model"), CONTROL_TOKENS)
+    prepared = prepare_conversations(config_of(settings), tokenizer=tokenizer, progress=False)
+    return [shard.tokens.tolist() for shard in prepared.train.shards]
 
 
 def rows_beside_another_tokenizer(settings: Settings) -> Any:
@@ -137,6 +159,24 @@ def processes(settings: Settings) -> int:
         patch.setattr(groups, "ProcessPoolExecutor", CountedPool)
         rows(settings)
     return sum(counted)
+
+
+def cluster_that_is_asked(settings: Settings) -> list[str]:
+    """Show which Ray cluster is joined to prepare text; none needs to be there."""
+    asked = []
+
+    class NoRay(ModuleType):
+        def is_initialized(self) -> bool:
+            return False
+
+        def init(self, *, address: str, **_: Any) -> None:
+            asked.append(address)
+            raise ConnectionError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "ray", NoRay("ray"))
+        rows(settings)
+    return asked
 
 
 def host_that_is_asked(settings: Settings) -> Any:
@@ -269,6 +309,7 @@ STILL = {
 BYTE_LEVEL = {"tokenizer.kind": "bytelevel"}
 PLAIN = {"data.paths": "stories.txt"}
 PACKED = {"data.packing": "packed"}
+CHAT = {"data.paths": "chat.jsonl", "data.packing": "padded", "data.sequence_length": 256}
 TOY = {"data.paths": "toy", "data.toy_documents": 100, "model.vocab_size": 512}
 OF_TEXT = {
     "tokenizer.kind": Case("bytelevel", rows),
@@ -292,6 +333,10 @@ OF_TEXT = {
     "data.toy_seed": Case(1, rows, TOY),
     "data.download_source": Case("modelscope", host_that_is_asked, {"data.paths": "tinystories"}),
     "data.workers": Case(2, processes),
+    "chat.format": Case("alpaca", rows_of_conversations, CHAT),
+    "chat.system": Case("Be kind.", rows_of_conversations, CHAT),
+    "data.runner": Case("ray", cluster_that_is_asked),
+    "data.ray_address": Case("host:6379", cluster_that_is_asked, {"data.runner": "ray"}),
 }
 OF_RUN = {
     "train.max_steps": Case(5, told("train", "step")),
@@ -334,6 +379,7 @@ def test_every_setting_has_a_case() -> None:
     covered = {f"model.{name}" for name in MODEL_CASES}
     covered |= {f"optimizer.{name}" for name in OPTIMIZER_CHANGES}
     covered |= {f"parallel.{name}" for name in PARALLEL_CHANGES}
+    covered |= {f"distributed.{name}" for name in DISTRIBUTED_CHANGES}
     cases = [*OF_TEXT, *OF_RUN, *OF_PROCESS, *OF_SAMPLING, *UNCHANGEABLE]
     assert sorted([*covered, *cases]) == sorted(setting_fields(Config))
     assert set(OF_SAMPLING) == set(setting_fields(GenerateConfig))
@@ -464,7 +510,10 @@ def sampler(package: str, run: Path) -> Callable[[Settings], str]:
 
     def text(settings: Settings) -> str:
         config = config_of({**RUN, **settings})
-        return TRAINERS[package].make_sampler(config, checkpoint.tokenizer)(weights)
+        wanted: Any = checkpoint.tokenizer
+        if package == "jax":
+            wanted = plain_sample(config, wanted)
+        return TRAINERS[package].make_sampler(config, wanted)(weights)
 
     return text
 

@@ -162,7 +162,9 @@ def test_on_one_device_nothing_is_divided():
     assert isinstance(parallel, OneDevice)
     assert parallel.description == ""
     batch = {"tokens": np.zeros((4, 8), np.int32)}
-    assert parallel.place_batch(batch, passes=2) is batch
+    placed = parallel.place_steps([batch], passes=2)
+    assert placed["tokens"].shape == (1, 4, 8)
+    assert np.shares_memory(placed["tokens"], batch["tokens"])
 
 
 def test_the_twin_refuses_to_be_divided(tmp_path, monkeypatch):

@@ -146,9 +146,9 @@ def test_losses_that_are_no_numbers_stop_the_run_with_a_message(folder, monkeypa
 def test_a_streak_that_is_seen_late_stops_the_run_all_the_same(flags, folder, monkeypatch):
     bad_steps = range(1, 6)
 
-    def poison(self: StepLog, step: int, numbers: dict, **options) -> None:
-        streak = bad_steps.index(step) + 1 if step in bad_steps else 0
-        add(self, step, numbers | {"nonfinite_streak": np.int32(streak)}, **options)
+    def poison(self: StepLog, steps: range, numbers: dict, **options) -> None:
+        streaks = [bad_steps.index(step) + 1 if step in bad_steps else 0 for step in steps]
+        add(self, steps, numbers | {"nonfinite_streak": np.array(streaks)}, **options)
 
     add = StepLog.add
     monkeypatch.setattr(StepLog, "add", poison)

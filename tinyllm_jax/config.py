@@ -15,6 +15,12 @@ from typing import Any
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.settings import build, flatten, read_toml, setting, to_table
 
+# The matrices of a block: four of attention, three of the MLP.
+ALL_PROJECTIONS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
+)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -89,6 +95,11 @@ class ModelConfig:
         False, "queries and keys of every head pass an RMSNorm before they are turned (as in Qwen3)"
     )
     tie_word_embeddings: bool = setting(True, "the head reuses the embedding table")
+    score_head: bool = setting(
+        False,
+        "a head beside the other that gives one number a position: reward models, and the value "
+        "function of PPO",
+    )
     num_experts: int = setting(
         0, "routed experts in place of each MLP; 0 is one dense MLP", unit="experts", minimum=0
     )
@@ -322,10 +333,11 @@ class DataConfig:
         choices=("error", "skip"),
     )
     packing: str = setting(
-        "stream",
+        "auto",
         "stream: one token stream cut at random windows; padded: one document a row; packed: "
-        "whole documents share a row and never attend to each other",
-        choices=("stream", "padded", "packed"),
+        "whole documents share a row and never attend to each other; auto: stream for pretraining, "
+        "packed for conversations",
+        choices=("auto", "stream", "padded", "packed"),
     )
     sequence_length: int = setting(
         256, "tokens of one row that the model reads", unit="tokens", minimum=1
@@ -348,6 +360,32 @@ class DataConfig:
     )
     workers: int = setting(
         0, "processes that prepare text; 0 is one for each core", unit="processes", minimum=0
+    )
+    runner: str = setting(
+        "local",
+        "where text is prepared: on this machine's cores (local), or on the machines of a Ray "
+        "cluster that share its disk (ray)",
+        choices=("local", "ray"),
+    )
+    ray_address: str = setting(
+        "auto",
+        "runner ray: HOST:PORT of the cluster, the one that this machine belongs to (auto), or one of "
+        "this machine's own cores for as long as it takes (local)",
+    )
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Which shape conversations have in their files, and what is put into them."""
+
+    format: str = setting(
+        "auto",
+        "shape of conversations: messages (role, content), sharegpt (`conversations` of from, value), "
+        "alpaca (instruction, input, output), or the one that the fields of each record show (auto)",
+        choices=("auto", "messages", "sharegpt", "alpaca"),
+    )
+    system: str = setting(
+        "", "system prompt of conversations that have none of their own; empty leaves them without"
     )
 
 
@@ -428,6 +466,19 @@ class TrainConfig:
         "batches of one look, always the same rows; 0 is the whole validation set",
         unit="batches",
         minimum=0,
+    )
+    steps_per_dispatch: int = setting(
+        1,
+        "steps that a device takes without the host between evaluations and checkpoints; more hide "
+        "the host's work behind small models",
+        unit="steps",
+        minimum=1,
+    )
+    corpus_on_device: str = setting(
+        "auto",
+        "token shards lie in the memory of each device, which reads its rows there; auto is always "
+        "on a GPU or TPU where they take an eighth of its memory at most, and never elsewhere",
+        choices=("auto", "always", "never"),
     )
     log_interval_steps: int = setting(
         10, "steps between writes of the metrics file", unit="steps", minimum=1
@@ -568,11 +619,266 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """How several processes, on one host or many, make one run; docs/parallel.md says more."""
+
+    coordinator: str = setting(
+        "",
+        "HOST:PORT of process 0, where all processes meet; auto asks Slurm, Open MPI, Kubernetes or "
+        "Cloud TPU for it; empty is a run of one process",
+    )
+    num_processes: int = setting(
+        0, "processes of the run; 0 asks the cluster", unit="processes", minimum=0
+    )
+    process_id: int = setting(-1, "number of this process, from 0; -1 asks the cluster", minimum=-1)
+    start_timeout_seconds: int = setting(
+        300, "how long processes wait for each other at the start", unit="seconds", minimum=1
+    )
+    heartbeat_timeout_seconds: int = setting(
+        30,
+        "a process that was not heard of for so long is gone, and the others stop",
+        unit="seconds",
+        minimum=5,
+    )
+
+    def problems(self) -> list[str]:
+        """List the rules between these settings that are broken."""
+        found = []
+        host, _, port = self.coordinator.rpartition(":")
+        is_address = bool(host) and port.isdecimal() and 0 < int(port) < 65536
+        if self.coordinator not in ("", "auto") and not is_address:
+            found.append(
+                f"distributed.coordinator={self.coordinator} is no HOST:PORT. Use the host of process "
+                "0 and a free port of it, such as 10.0.0.1:12321, or auto."
+            )
+        if not self.coordinator and (self.num_processes or self.process_id >= 0):
+            found.append(
+                "distributed.num_processes and process_id say nothing without an address to meet at. "
+                "Add --distributed.coordinator HOST:PORT, or auto."
+            )
+        if 0 < self.num_processes <= self.process_id:
+            found.append(
+                f"distributed.process_id={self.process_id} is not below distributed.num_processes="
+                f"{self.num_processes}. Use 0 to {self.num_processes - 1}."
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """What is made small over pairs of a chosen and a rejected answer."""
+
+    loss: str = setting(
+        "sigmoid",
+        "sigmoid: DPO; ipo: the square of how far the margin is from its goal; simpo: without a "
+        "reference model",
+        choices=("sigmoid", "ipo", "simpo"),
+    )
+    beta: float = setting(
+        0.1,
+        "how strongly answers are held to the reference; simpo: what scales its rewards, usually 2 "
+        "to 10",
+        above=0.0,
+    )
+    label_smoothing: float = setting(
+        0.0, "sigmoid, simpo: share of pairs taken to be labelled the wrong way", minimum=0.0
+    )
+    length_normalised: bool = setting(
+        False,
+        "sigmoid, ipo: log-probabilities are means over the tokens of an answer instead of sums, as "
+        "the authors of IPO and TRL compute it; simpo always does",
+    )
+    simpo_margin: float = setting(
+        0.0, "simpo: how much more the chosen answer shall be worth", unit="reward", minimum=0.0
+    )
+
+    def problems(self) -> list[str]:
+        """List the rules between these settings that are broken."""
+        found = []
+        if self.label_smoothing >= 0.5:
+            found.append(
+                f"dpo.label_smoothing={self.label_smoothing:g} says that labels tell nothing. Use a "
+                "number below 0.5."
+            )
+        if self.loss == "ipo" and self.label_smoothing > 0:
+            found.append(
+                f"dpo.label_smoothing={self.label_smoothing:g} says nothing to dpo.loss=ipo. Use "
+                "dpo.loss=sigmoid or simpo, or leave it out."
+            )
+        if self.loss == "simpo" and self.length_normalised:
+            found.append(
+                "dpo.length_normalised=true says nothing to dpo.loss=simpo, which always is. Leave it "
+                "out."
+            )
+        if self.loss != "simpo" and self.simpo_margin > 0:
+            found.append(
+                f"dpo.simpo_margin={self.simpo_margin:g} says nothing to dpo.loss={self.loss}. Use "
+                "dpo.loss=simpo, or leave it out."
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class RlhfConfig:
+    """Reinforcement learning: answers are sampled, rewarded, and made more or less likely."""
+
+    algorithm: str = setting(
+        "grpo",
+        "ppo: a value function says what to expect of an answer so far; grpo: the other answers to "
+        "the same prompt do",
+        choices=("ppo", "grpo"),
+    )
+    reward: str = setting(
+        "",
+        "what answers are worth: module:function of (prompt, answer, metadata), or the folder of a "
+        "reward model (--mode reward)",
+    )
+    group_size: int = setting(
+        4, "answers sampled for each prompt", unit="answers", minimum=1, maximum=4096
+    )
+    updates_per_rollout: int = setting(
+        1, "times that the same answers are learnt from", unit="times", minimum=1
+    )
+    normalised_advantages: bool = setting(
+        True,
+        "advantages are divided by their standard deviation: grpo: of the group; ppo: of all "
+        "answers, with mean 0",
+    )
+    loss_level: str = setting(
+        "token",
+        "the loss is a mean over all tokens alike (token), or over answers, each the mean of its own "
+        "tokens (sequence)",
+        choices=("token", "sequence"),
+    )
+    clip_low: float = setting(
+        0.2,
+        "a token's probability is not pushed below 1 - this of what it was",
+        above=0.0,
+        maximum=1.0,
+    )
+    clip_high: float = setting(
+        0.2, "a token's probability is not pushed above 1 + this of what it was", above=0.0
+    )
+    kl_coef: float = setting(
+        0.04,
+        "weight of the divergence from the reference: grpo: in the loss; ppo: in each token's reward",
+        minimum=0.0,
+    )
+    kl_target: float = setting(
+        0.0,
+        "ppo: divergence of an answer from the reference to which kl_coef is adapted; 0 leaves it as "
+        "it is",
+        unit="nats",
+        minimum=0.0,
+    )
+    discount: float = setting(1.0, "ppo: worth of a reward one token later", above=0.0, maximum=1.0)
+    trace: float = setting(
+        0.95,
+        "ppo: lambda of generalised advantages; 0 trusts the value function after one token, 1 only "
+        "rewards",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    value_coef: float = setting(0.5, "ppo: weight of the value function's loss", minimum=0.0)
+    value_clip: float = setting(
+        0.2,
+        "ppo: a value that moved further than this from what it was gets no credit for it; 0 leaves "
+        "values free",
+        unit="reward",
+        minimum=0.0,
+    )
+
+    def problems(self) -> list[str]:
+        """List the rules between these settings that are broken."""
+        found = []
+        if not self.reward:
+            found.append(
+                "rlhf.reward is empty. Name what answers are worth: --rlhf.reward module:function, or "
+                "the folder of a reward model."
+            )
+        if self.algorithm == "grpo" and self.group_size < 2:
+            found.append(
+                f"rlhf.group_size={self.group_size} leaves nothing to compare with rlhf.algorithm="
+                "grpo. Use 2 or more, or rlhf.algorithm=ppo."
+            )
+        if self.algorithm == "grpo" and self.kl_target > 0:
+            found.append(
+                f"rlhf.kl_target={self.kl_target:g} says nothing to rlhf.algorithm=grpo, whose "
+                "rlhf.kl_coef stays as it is. Use rlhf.algorithm=ppo, or leave it out."
+            )
+        if self.kl_target > 0 and self.kl_coef == 0:
+            found.append(
+                f"rlhf.kl_target={self.kl_target:g} adapts rlhf.kl_coef by factors, and it is 0. Use "
+                "rlhf.kl_coef=0.04 or another number above 0."
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters that are trained in place of the model, whose weights stay as they are."""
+
+    rank: int = setting(
+        0, "width of the adapters; 0 trains the model itself", unit="numbers", minimum=0
+    )
+    alpha: float = setting(16.0, "adapters are scaled by alpha / rank", above=0.0)
+    targets: tuple[str, ...] = setting(
+        ALL_PROJECTIONS, f"matrices of each block that get one, of {' '.join(ALL_PROJECTIONS)}"
+    )
+    dropout: float = setting(
+        0.0, "share of an adapter's inputs set to zero", minimum=0.0, maximum=0.95
+    )
+
+    def problems(self, model: ModelConfig, optimizer: str) -> list[str]:
+        """List the rules between these settings, or with others, that are broken."""
+        if self.rank == 0:
+            told = [
+                f"lora.{field.name}"
+                for field in dataclasses.fields(self)
+                if getattr(self, field.name) != field.default
+            ]
+            return [
+                f"{name} says nothing without adapters. Add --lora.rank 8 or another number."
+                for name in told
+            ]
+        found, of_mlp = [], [name for name in self.targets if name in ALL_PROJECTIONS[4:]]
+        unknown = [name for name in self.targets if name not in ALL_PROJECTIONS]
+        if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
+            found.append(
+                f"lora.targets={' '.join(self.targets)} is no list of matrices. Use some of "
+                f"{' '.join(ALL_PROJECTIONS)}, each once."
+            )
+        if model.num_experts > 0 and of_mlp:
+            found.append(
+                f"lora.targets={' '.join(self.targets)}: experts take no adapters, and model."
+                f"num_experts={model.num_experts}. Use --lora.targets {' '.join(ALL_PROJECTIONS[:4])}."
+            )
+        if optimizer == "muon":
+            found.append(
+                "optimizer.name=muon is for the matrices of the blocks, and lora.rank="
+                f"{self.rank} trains none of them. Use --optimizer.name adamw."
+            )
+        return found
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Where the run lives and what it starts from."""
 
-    mode: str = setting("pretrain", "what is learnt", choices=("pretrain",), flag="--mode")
-    out: str = setting("", "run folder; default checkpoints/<mode>_<config>", flag="--out")
+    mode: str = setting(
+        "pretrain",
+        "what is learnt: all text (pretrain), the answers of conversations (sft), to prefer one of "
+        "two answers (dpo), to score answers (reward), or what brings rewards (rlhf); all but the "
+        "first begin with --init-from",
+        choices=("pretrain", "sft", "dpo", "reward", "rlhf"),
+        flag="--mode",
+    )
+    out: str = setting(
+        "",
+        "run folder; default checkpoints/<mode>_<config>, or the name of the run in --init-from in "
+        "place of <config>",
+        flag="--out",
+    )
     resume: str = setting(
         "", "go on from this run or step folder, exactly; none starts afresh", flag="--resume"
     )
@@ -584,6 +890,14 @@ class RunConfig:
         "compile the step, print its memory and speed on made-up rows, and stop before any data is "
         "read or anything written",
         flag="--dry-run",
+    )
+    profile: int = setting(
+        0,
+        "steps, after those that compile, of which a trace for Perfetto and XProf is written to the "
+        "run folder's profile/; 0 is none",
+        unit="steps",
+        minimum=0,
+        flag="--profile",
     )
     init_from: str = setting(
         "", "start from the weights (only) of this run or step folder", flag="--init-from"
@@ -597,20 +911,40 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    chat: ChatConfig = dataclasses.field(default_factory=ChatConfig)
+    dpo: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
+    rlhf: RlhfConfig = dataclasses.field(default_factory=RlhfConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        if self.data.packing == "auto":
+            packing = "stream" if self.run.mode == "pretrain" else "packed"
+            object.__setattr__(self, "data", dataclasses.replace(self.data, packing=packing))
 
     def problems(self) -> list[str]:
         """List every rule between settings that is broken."""
-        found = self.model.problems() + self.parallel.problems()
+        found = self.model.problems() + self.parallel.problems() + self.distributed.problems()
         found += self.division_problems(
             {axis: max(size, 1) for axis, size in self.parallel.sizes().items()}
         )
+        if self.run.dry_run and self.run.mode not in ("pretrain", "sft"):
+            found.append(
+                f"run.dry_run compiles the step of next tokens, and --mode {self.run.mode} has another. "
+                "Leave it out, or look at --mode sft."
+            )
+        if self.run.mode == "dpo":
+            found += self.dpo.problems()
+        if self.run.mode == "rlhf":
+            found += self.rlhf.problems() + self.rollout_problems()
         optimizer = self.optimizer
+        found += self.lora.problems(self.model, optimizer.name)
         if self.data.sequence_length > self.model.max_position_embeddings:
             found.append(
                 f"data.sequence_length={self.data.sequence_length} is longer than "
@@ -630,6 +964,32 @@ class Config:
             found.append(
                 "run.resume and run.init_from are both set. Keep --resume to go on with a run, or "
                 "--init-from to start a new one from its weights."
+            )
+        return found
+
+    def rollout_problems(self) -> list[str]:
+        """List what does not divide into rollouts."""
+        found, size, rows = [], self.rlhf.group_size, self.rows_per_step
+        if rows % size:
+            found.append(
+                f"rlhf.group_size={size} does not divide the {rows} answers of a step (train.batch_size "
+                f"x gradient_accumulation_steps). Use one of {divisors(rows)}."
+            )
+        steps = self.rlhf.updates_per_rollout
+        for name, number in (
+            ("train.max_steps", self.train.max_steps),
+            ("train.eval_interval_steps", self.train.eval_interval_steps),
+            ("checkpoint.interval_steps", self.checkpoint.interval_steps),
+        ):
+            if number % steps:
+                found.append(
+                    f"{name}={number} falls between the rlhf.updates_per_rollout={steps} steps that "
+                    f"learn from the same answers. Use {max(number // steps, 1) * steps}."
+                )
+        if steps % self.train.steps_per_dispatch:
+            found.append(
+                f"train.steps_per_dispatch={self.train.steps_per_dispatch} does not divide "
+                f"rlhf.updates_per_rollout={steps}. Use one of {divisors(steps)}."
             )
         return found
 
@@ -710,6 +1070,11 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in presets_dir().glob("*.toml"))
 
 
+def mode_names() -> list[str]:
+    """List the ways to learn that have settings of their own, for any model."""
+    return sorted(path.stem for path in (presets_dir() / "modes").glob("*.toml"))
+
+
 def data_dir() -> Path:
     """Name the folder that relative data paths and downloads live in (`TINYLLM_DATA_DIR`)."""
     return Path(os.environ.get("TINYLLM_DATA_DIR") or "data")
@@ -725,6 +1090,8 @@ def read_preset(name: str) -> tuple[str, dict[str, Any]]:
     if name in preset_names():
         path = presets_dir() / f"{name}.toml"
         return f"configs/{name}.toml", read_toml(path)
+    if name in mode_names():
+        return f"configs/modes/{name}.toml", read_toml(presets_dir() / "modes" / f"{name}.toml")
     if path.is_file():
         return str(path), read_toml(path)
     raise InputError(
@@ -733,14 +1100,20 @@ def read_preset(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def load_config(
-    name: str, overrides: Mapping[str, Any] | None = None, problems: Sequence[str] = ()
+    name: str,
+    overrides: Mapping[str, Any] | None = None,
+    problems: Sequence[str] = (),
+    below: tuple[str, Mapping[str, Any]] = ("", {}),
 ) -> Config:
     """Read a preset or file and put dotted overrides over it.
+
+    Args:
+        below: Settings that the preset, too, goes over, and where they come from.
 
     Raises:
         InputError: every problem found, one a line.
     """
-    return build(Config, [read_preset(name), ("", overrides or {})], problems)
+    return build(Config, [below, read_preset(name), ("", overrides or {})], problems)
 
 
 def config_from_table(table: Mapping[str, Any], *, origin: str) -> Config:

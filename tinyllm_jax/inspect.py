@@ -5,22 +5,22 @@ layer, and a continuation of the prompt; trains nothing and writes no run.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllm_jax.cli import run
-from tinyllm_jax.config import Config, load_config, preset_names
+from tinyllm_jax.config import Config, preset_names
 from tinyllm_jax.settings import Parser, add_flags, parse_flags
+from tinyllm_jax.tasks import open_task
 from tinyllm_jax.train import make_sampler, say, set_up_jax
 
 if TYPE_CHECKING:
     import numpy as np
 
     from tinyllm_jax.data.tokenizer import Tokenizer
-    from tinyllm_jax.training.checkpoint import Checkpoint
     from tinyllm_jax.training.loop import Objective
+    from tinyllm_jax.training.start import Start
 
 # Tokens of a row that are shown one by one.
 SHOWN_TOKENS = 24
@@ -28,38 +28,39 @@ SHOWN_TOKENS = 24
 
 def main(words: Sequence[str] | None = None) -> int:
     """Look at what the command line describes; the report goes to stdout."""
-    config, checkpoint = read_command(words)
+    start = read_command(words)
+    config = start.config
     set_up_jax(config)
     import jax
     import jax.numpy as jnp
 
-    from tinyllm_jax.data.prepare import prepare
     from tinyllm_jax.model.weights import initial_weights
-    from tinyllm_jax.objectives.pretrain import make_pretraining
     from tinyllm_jax.training.step import new_state
 
     show_device(config)
-    prepared = prepare(
-        config,
-        progress=sys.stderr.isatty(),
-        tokenizer=checkpoint.tokenizer if checkpoint else None,
-    )
-    objective = make_pretraining(config, prepared)
-    show_batch(objective.train_batch(0), prepared.tokenizer)
+    task = open_task(config, start)
+    objective = task.make_objective()
     weights = initial_weights(config.model, seed=config.train.seed)
-    if checkpoint:
-        weights = jax.tree.map(jnp.asarray, checkpoint.weights)
+    if start.source:
+        weights = jax.tree.map(jnp.asarray, start.source.weights)
+    if objective.rollouts:
+        batch, _ = objective.rollouts.batch(weights, 0)
+    else:
+        batch = objective.train_batch(0, None)
+    show_batch(batch, task.tokenizer)
     show_parameters(config, weights)
-    show_step(config, objective, new_state(config, weights))
+    show_step(config, objective, new_state(config, weights), batch)
     heading(f"Continuation of {config.sampling.prompt!r}")
-    if not checkpoint:
+    if not start.source:
         print("(untrained, it knows no words yet; --checkpoint RUN shows a trained model)")
-    print(make_sampler(config, prepared.tokenizer)(weights))
+    print(make_sampler(config, task.sample)(weights))
     return 0
 
 
-def read_command(words: Sequence[str] | None) -> "tuple[Config, Checkpoint | None]":
+def read_command(words: Sequence[str] | None) -> "Start":
     """Read the command line as settings and the checkpoint that gives the weights, if any."""
+    from tinyllm_jax.training.start import Start, find_start
+
     parser = Parser(
         prog="python -m tinyllm_jax.inspect",
         description="Show the first batch, the weights, one optimizer step and a continuation.",
@@ -74,11 +75,11 @@ def read_command(words: Sequence[str] | None) -> "tuple[Config, Checkpoint | Non
     arguments, overrides, problems = parse_flags(parser, Config, words)
     problems += [
         f"--{key} does nothing here. Name a run with --checkpoint to look at it."
-        for key in ("run.resume", "run.init_from", "run.auto_resume")
+        for key in ("run.resume", "run.auto_resume")
         if key in overrides
     ]
     if not arguments.checkpoint:
-        return load_config(arguments.config or "tiny", overrides, problems), None
+        return find_start(arguments.config, overrides, problems, Path(), say=say)
     if arguments.config:
         problems.append("--checkpoint and --config are both given. Leave one of them out.")
     from tinyllm_jax.training.checkpoint import open_checkpoint
@@ -88,7 +89,7 @@ def read_command(words: Sequence[str] | None) -> "tuple[Config, Checkpoint | Non
     checkpoint = open_checkpoint(path, on_damaged=say)
     config = settings_of(checkpoint, overrides, problems)
     check_model(checkpoint, config, goes_on=False)
-    return config, checkpoint
+    return Start(config, path, resumed=None, initial=checkpoint)
 
 
 def heading(text: str) -> None:
@@ -119,16 +120,25 @@ def show_batch(batch: "dict[str, np.ndarray]", tokenizer: "Tokenizer") -> None:
     """Show the first batch: shapes, the first row as text, and its first tokens in every array."""
     heading("First batch")
     for name, array in batch.items():
-        print(f"{name:<12} {array.dtype!s:<6} {list(array.shape)}")
-    print(f"{int(batch['loss_mask'].sum()):,} of {batch['loss_mask'].size:,} places have a target")
-    row = batch["tokens"][0]
-    print(f"\nrow 0 as text:\n{join_documents(row.tolist(), tokenizer)}")
-    names = list(batch)
-    print("\n" + "  ".join(f"{name:>12}" for name in ["place", "text", *names]))
-    for place in range(min(SHOWN_TOKENS, len(row))):
-        cells = [str(place), repr(tokenizer.token_text(int(row[place])))]
-        cells += [str(array[0, place]) for array in batch.values()]
-        print("  ".join(f"{cell:>12}" for cell in cells))
+        print(f"{name:<21} {array.dtype!s:<7} {list(array.shape)}")
+    for kind in ("", "chosen_", "rejected_"):  # one answer a row, or two
+        rows = {
+            name.removeprefix(kind): array
+            for name, array in batch.items()
+            if name.startswith(kind) and array.ndim == 2
+        }
+        if "tokens" not in rows:
+            continue
+        mask = rows.get("loss_mask", rows.get("mask"))
+        assert mask is not None
+        print(f"\n{kind}{int(mask.sum()):,} of {mask.size:,} places have a target")
+        row = rows["tokens"][0]
+        print(f"\n{kind}row 0 as text:\n{join_documents(row.tolist(), tokenizer)}")
+        print("\n" + "  ".join(f"{name:>12}" for name in ["place", "text", *rows]))
+        for place in range(min(SHOWN_TOKENS, len(row))):
+            cells = [str(place), repr(tokenizer.token_text(int(row[place])))]
+            cells += [str(array[0, place]) for array in rows.values()]
+            print("  ".join(f"{cell:>12}" for cell in cells))
 
 
 def join_documents(ids: list[int], tokenizer: "Tokenizer") -> str:
@@ -164,7 +174,9 @@ def show_parameters(config: Config, weights: dict[str, Any]) -> None:
     print(f"{flops / 1e6:,.2f} MFLOP to train on one token")
 
 
-def show_step(config: Config, objective: "Objective", state: Any) -> None:
+def show_step(
+    config: Config, objective: "Objective", state: Any, batch: "dict[str, np.ndarray]"
+) -> None:
     """Take one optimizer step and show the norms of gradient and change, weight by weight."""
     import jax
     import numpy as np
@@ -173,7 +185,6 @@ def show_step(config: Config, objective: "Objective", state: Any) -> None:
     from tinyllm_jax.training.step import make_train_step
 
     structure, _ = model_structure(config.model)
-    batch = objective.train_batch(0)
     step = jax.jit(make_train_step(config, structure, objective.loss_sums, objective.loss_weight))
     after, numbers = step(state, batch)
 

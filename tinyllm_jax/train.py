@@ -19,8 +19,7 @@ from tinyllm_jax.errors import InputError
 from tinyllm_jax.settings import Parser, add_flags, parse_flags
 
 if TYPE_CHECKING:
-    from tinyllm_jax.data.prepare import PreparedData
-    from tinyllm_jax.data.tokenizer import Tokenizer
+    from tinyllm_jax.tasks import Sample, Task
     from tinyllm_jax.training.loop import Outcome
     from tinyllm_jax.training.parallel import Parallel
     from tinyllm_jax.training.start import Start
@@ -35,19 +34,20 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     preset, overrides, problems = read_command(words)
     from tinyllm_jax.data.files import locked
-    from tinyllm_jax.data.prepare import prepare
     from tinyllm_jax.model.weights import model_structure
-    from tinyllm_jax.objectives.pretrain import make_pretraining
+    from tinyllm_jax.tasks import open_task
+    from tinyllm_jax.training.distributed import distributed_settings, joined
     from tinyllm_jax.training.dry_run import dry_run
     from tinyllm_jax.training.loop import Identity, fit
     from tinyllm_jax.training.parallel import make_parallel
     from tinyllm_jax.training.start import (
         best_so_far,
         check_folder,
+        facts_of,
         find_folder,
         find_start,
         first_state,
-        open_folder,
+        open_together,
     )
     from tinyllm_jax.training.start_rules import check_data
 
@@ -61,9 +61,14 @@ def main(words: Sequence[str] | None = None) -> int:
         return dry_run(start.config, done_steps=start.resumed.step if start.resumed else 0, say=say)
     check_folder(folder)
     lock = folder.resolve().parent / f".{folder.name}.lock"
-    with locked(lock, on_wait=lambda: refuse_second_run(folder)):
+    with (
+        joined(distributed_settings(preset, overrides, problems)) as here,
+        here.first_in(locked(lock, on_wait=lambda: refuse_second_run(folder))),
+    ):
+        here.go_on = f"--resume {shlex.quote(str(folder))}"
         start = find_start(preset, overrides, problems, folder, say=say)
         config = start.config
+        here.agree(facts_of(start), advice="Start all processes with the same settings.")
         if start.resumed and start.resumed.step >= config.train.max_steps:
             say(
                 f"{start.resumed.folder}: the run is finished at step {start.resumed.step}. To "
@@ -72,12 +77,16 @@ def main(words: Sequence[str] | None = None) -> int:
             return 0
         set_up_jax(config)
         parallel = make_parallel(config)
-        prepared = prepare(config, progress=sys.stderr.isatty(), tokenizer=tokenizer_of(start))
-        check_data(start.source, start.resumed, prepared)
-        objective = make_pretraining(config, prepared)
-        sample = make_sampler(config, prepared.tokenizer)
-        say_what_starts(start, prepared, parallel)
-        open_folder(start, prepared, say=say)
+        task = here.in_turn(lambda: open_task(config, start))
+        here.agree(
+            {"the prepared data": task.dataset_hash, "the tokenizer": task.tokenizer.hash},
+            advice="Give every host the same files, best in one TINYLLM_DATA_DIR that all share.",
+        )
+        check_data(start.source, start.resumed, task)
+        objective = task.make_objective()
+        sample = make_sampler(config, task.sample)
+        say_what_starts(start, task, parallel)
+        open_together(start, task, here, say=say)
         structure, _ = model_structure(config.model)
         outcome = fit(
             objective,
@@ -86,7 +95,7 @@ def main(words: Sequence[str] | None = None) -> int:
             config=config,
             parallel=parallel,
             folder=folder,
-            identity=Identity(prepared.tokenizer, prepared.dataset_hash),
+            identity=Identity(task.tokenizer, task.dataset_hash),
             best=best_so_far(start),
             sample=sample,
         )
@@ -133,15 +142,7 @@ def set_up_jax(config: Config) -> None:
         jax.config.update("jax_enable_x64", True)
 
 
-def tokenizer_of(start: "Start") -> "Tokenizer | None":
-    """Give the tokenizer of the checkpoint that the run starts from, unless another is asked for."""
-    source, path = start.source, start.config.tokenizer.path
-    if source is None or path not in ("", source.config.tokenizer.path):
-        return None
-    return source.tokenizer
-
-
-def make_sampler(config: Config, tokenizer: "Tokenizer") -> Callable[[Any], str]:
+def make_sampler(config: Config, wanted: "Sample") -> Callable[[Any], str]:
     """Make the function that lets the model in training go on with the prompt of the settings.
 
     Raises:
@@ -149,15 +150,13 @@ def make_sampler(config: Config, tokenizer: "Tokenizer") -> Callable[[Any], str]
     """
     from tinyllm_jax.inference.generate import Generator
 
-    generator = Generator(config.model)
-    prompt = tokenizer.encode(config.sampling.prompt, bos=True)
+    generator = Generator(config.model, tokens=wanted.tokens)
+    prompt = wanted.prompt_ids
     generator.check([prompt], slide=config.sampling.slide)
 
     def sample(weights: Any) -> str:
-        rows = generator.generate(
-            weights, [prompt], sampling=config.sampling, eos_id=tokenizer.eos_id
-        )
-        return "\n".join(tokenizer.decode([*prompt, *row.token_ids.tolist()]) for row in rows[0])
+        rows = generator.generate(weights, [prompt], sampling=config.sampling, eos_id=wanted.end_id)
+        return "\n".join(wanted.show([*prompt, *row.token_ids.tolist()]) for row in rows[0])
 
     return sample
 
@@ -170,7 +169,7 @@ def refuse_second_run(folder: Path) -> None:
     )
 
 
-def say_what_starts(start: "Start", prepared: "PreparedData", parallel: "Parallel") -> None:
+def say_what_starts(start: "Start", task: "Task", parallel: "Parallel") -> None:
     """Print what is about to be trained, on what and where."""
     import jax
 
@@ -183,20 +182,16 @@ def say_what_starts(start: "Start", prepared: "PreparedData", parallel: "Paralle
     kernel = choose_implementation(
         config.model.attention, dtype, dropout_rate=config.model.attention_dropout
     )
-    train, validation = prepared.train, prepared.validation
     tokens_per_step = config.rows_per_step * config.data.sequence_length
     say(f"Device   {device.device_kind} ({device.platform}), {dtype.name}, attention {kernel}")
     if parallel.description:
         say(f"Divided  {parallel.description}")
     say(f"Model    {describe_size(config.model)}")
-    say(
-        f"Data     {train.tokens:,} tokens of {train.documents:,} documents to train on, "
-        f"{validation.tokens:,} of {validation.documents:,} to validate "
-        f"({train.text_bytes / train.tokens:.2f} bytes per token)"
-    )
+    say(f"Data     {task.description}")
     say(
         f"Steps    {config.train.max_steps:,} of {tokens_per_step:,} tokens: "
-        f"{config.train.max_steps * tokens_per_step / train.tokens:.1f} times through the data"
+        f"{config.train.max_steps * config.rows_per_step / task.rows_to_learn:.1f} times through the "
+        "data"
     )
     if start.resumed:
         say(f"Resumes  {start.resumed.folder}, exactly where step {start.resumed.step} ended")
@@ -230,8 +225,11 @@ def say_how_it_ended(start: "Start", outcome: "Outcome") -> int:
 
 
 def say(text: str) -> None:
-    """Tell the person something, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Tell the person something, on stderr, and once where there are several processes."""
+    from tinyllm_jax.training.distributed import hosts
+
+    if hosts().is_first:
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

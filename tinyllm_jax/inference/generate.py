@@ -54,10 +54,15 @@ class Generator:
         config: Shape and arithmetic of the model that the weights belong to.
         tokens: Ids from here on are never picked: an embedding may have more rows than its
             tokenizer has tokens. None picks of all.
+        longest_prompt: Tokens that room is made for whatever the prompts, so that one program serves
+            all up to that length.
     """
 
-    def __init__(self, config: ModelConfig, *, tokens: int | None = None):
+    def __init__(
+        self, config: ModelConfig, *, tokens: int | None = None, longest_prompt: int = 0
+    ):
         self.config = config
+        self._longest_prompt = longest_prompt
         structure, _ = model_structure(config)
         self._run = jax.jit(
             functools.partial(_continue_rows, config, structure, tokens or config.vocab_size),
@@ -76,6 +81,7 @@ class Generator:
         *,
         sampling: SamplingConfig,
         eos_id: int,
+        sample_numbers: np.ndarray | None = None,
     ) -> list[list[Continuation]]:
         """Continue each prompt `sampling.num_samples` times.
 
@@ -93,6 +99,8 @@ class Generator:
             prompts: Token ids, bos included; lengths may differ.
             sampling: Every setting but `prompt`.
             eos_id: The token that ends a continuation; -1 for none.
+            sample_numbers: The number of each sample, prompt by prompt, where the samples of
+                different prompts shall differ too; else those of each prompt are counted from 0.
 
         Raises:
             InputError: a prompt is empty, fills the context, or holds an id that the model lacks.
@@ -100,6 +108,8 @@ class Generator:
         self.check(prompts, slide=sampling.slide)
         samples, limit = sampling.num_samples, self.config.max_position_embeddings
         new: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
+        if sample_numbers is None:
+            sample_numbers = np.arange(len(new)) % samples
         ended = [""] * len(new)
         while not all(ended):
             texts = [[*prompts[row // samples], *new[row]] for row in range(len(new))]
@@ -122,6 +132,7 @@ class Generator:
                 sampling=sampling,
                 eos_id=eos_id,
                 token_numbers=[len(tokens) for tokens in new],
+                sample_numbers=sample_numbers,
             )
             for row, (tokens, met_eos) in enumerate(found):
                 new[row].extend(tokens.tolist())
@@ -166,16 +177,22 @@ class Generator:
         sampling: SamplingConfig,
         eos_id: int,
         token_numbers: Sequence[int],
+        sample_numbers: np.ndarray,
     ) -> list[tuple[np.ndarray, bool]]:
         """Continue windows by at most `budgets` tokens: (new tokens, whether eos ended them)."""
         limit, rows = self.config.max_position_embeddings, len(texts)
         lengths = np.array([len(window) for window in windows], np.int32)
-        tokens = np.zeros((len(windows), bucket(int(lengths.max()), limit=limit)), np.int32)
+        longest = max(int(lengths.max()), self._longest_prompt)
+        end = int((np.repeat(lengths, samples) + budgets).max())
+        if self._longest_prompt:
+            end = max(end, self._longest_prompt + sampling.max_new_tokens)
+        tokens = np.zeros((len(windows), bucket(longest, limit=limit)), np.int32)
         for row, window in enumerate(windows):
             tokens[row, : len(window)] = window
         present = np.zeros((rows, self.config.vocab_size), bool)
         for row, text in enumerate(texts):
             present[row, text] = True
+        numbers = jnp.asarray(sample_numbers, jnp.int32)
         found, counts, met_eos = jax.device_get(
             self._run(
                 dict(weights),
@@ -185,8 +202,8 @@ class Generator:
                 budgets,
                 np.array(token_numbers, np.int32),
                 np.int32(eos_id),
-                row_settings(sampling, rows=rows),
-                slots=bucket(int((np.repeat(lengths, samples) + budgets).max()), limit=limit),
+                row_settings(sampling, rows=rows)._replace(sample_number=numbers),
+                slots=bucket(end, limit=limit),
                 samples=samples,
             )
         )
@@ -227,7 +244,7 @@ def read_prompts(
     cache = empty_cache(config, batch=prompts, slots=width, dtype=compute_dtype(config))
     positions = jnp.broadcast_to(jnp.arange(width)[None], tokens.shape)
     cache = model.hidden(tokens, positions, cache=cache).cache
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, slots - width), (0, 0), (0, 0))), cache)
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - width), (0, 0))), cache)
 
 
 class _Rows(NamedTuple):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.dropout import dropout
+from tinyllm_jax.model.placement import placement
 
 
 def choose_implementation(implementation: str, dtype: jnp.dtype, *, dropout_rate: float) -> str:
@@ -65,6 +66,8 @@ def attention(
     rate = dropout_rate if dropout_key is not None else 0.0
     chosen = choose_implementation(implementation, query.dtype, dropout_rate=rate)
     if chosen == "reference":
+        if causal and rate == 0.0 and goes_row_by_row(query):
+            return row_by_row(query, key, value, mask=mask)
         return reference_attention(
             query, key, value, mask=mask, causal=causal, dropout_rate=rate, dropout_key=dropout_key
         )
@@ -149,6 +152,41 @@ def reference_attention(
         )
         mixed.append(block.reshape(batch, heads, end - start, head_dim))
     return jnp.concatenate(mixed, axis=2).transpose(0, 2, 1, 3)
+
+
+def goes_row_by_row(query: Array) -> bool:
+    """Tell whether a loop over rows is faster: on a CPU whose program holds whole arrays.
+
+    What one row needs stays in a core's cache. A grid of devices divides the rows, which a loop over
+    them would gather.
+    """
+    return jax.default_backend() == "cpu" and placement().whole_rows and len(query) > 1
+
+
+def row_by_row(
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"],
+    value: Float[Array, "batch seq kv_heads head_dim"],
+    *,
+    mask: Bool[Array, "batch seq seq"] | None,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Do the causal `reference_attention` of one row after another, forward and backward.
+
+    The backward pass computes the weights again, which costs less than to keep them: pages that a
+    program touches for the first time took a quarter of a train step's time. Only a loop keeps XLA's
+    CPU compiler from merging the second computation with the first.
+    """
+
+    def one_row(
+        row: tuple[Array, Array, Array, Array | None],
+    ) -> Float[Array, "seq heads head_dim"]:
+        own = None if row[3] is None else row[3][None]
+        query, key, value = (each[None] for each in row[:3])
+        return reference_attention(
+            query, key, value, mask=own, causal=True, dropout_rate=0.0, dropout_key=None
+        )[0]
+
+    return jax.lax.map(jax.checkpoint(one_row), (query, key, value, mask))
 
 
 def block_size(queries: int) -> int:

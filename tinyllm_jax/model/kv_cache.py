@@ -12,15 +12,28 @@ class LayerCache(NamedTuple):
     """Cache of one block. Slot t holds position t, so a row's garbage past its end is harmless:
     each position is written before any query may see it."""
 
-    keys: Float[Array, "batch slots kv_heads head_dim"]
-    values: Float[Array, "batch slots kv_heads head_dim"]
+    # Heads before slots, as products of a CPU want them: attention would copy all at every token.
+    keys: Float[Array, "batch kv_heads slots head_dim"]
+    values: Float[Array, "batch kv_heads slots head_dim"]
+
+    def slots(self) -> int:
+        """Count the positions that there is room for."""
+        return self.keys.shape[2]
+
+    def by_slot(
+        self,
+    ) -> tuple[
+        Float[Array, "batch slots kv_heads head_dim"], Float[Array, "batch slots kv_heads head_dim"]
+    ]:
+        """Give keys and values in the order of axes that `attention` takes."""
+        return self.keys.transpose(0, 2, 1, 3), self.values.transpose(0, 2, 1, 3)
 
 
 def empty_cache(
     config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype
 ) -> tuple[LayerCache, ...]:
     """Make the caches of all blocks, zero-filled, for `batch` rows of up to `slots` positions."""
-    shape = (batch, slots, config.num_key_value_heads, config.head_dim)
+    shape = (batch, config.num_key_value_heads, slots, config.head_dim)
     return tuple(
         LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
         for _ in range(config.num_hidden_layers)
@@ -36,7 +49,7 @@ def write(
     """Store new keys and values in the slots of their positions."""
     rows = jnp.arange(keys.shape[0])[:, None]
     return LayerCache(
-        cache.keys.at[rows, positions].set(keys), cache.values.at[rows, positions].set(values)
+        cache.keys.at[rows, :, positions].set(keys), cache.values.at[rows, :, positions].set(values)
     )
 
 

@@ -5,6 +5,8 @@ Letters: r row (one token of the batch), e input width, f output width.
 Source: RMSNorm: Zhang and Sennrich 2019, arXiv:1910.07467; SwiGLU: Shazeer 2020, arXiv:2002.05202.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -41,9 +43,16 @@ class Linear(nnx.Module):
         noise = jax.random.normal(rngs.params(), (in_size, out_size), dtype)
         self.kernel = nnx.Param(std * noise)
 
-    def __call__(self, x: Float[Array, "batch seq in"]) -> Float[Array, "batch seq out"]:
+    def __call__(
+        self, x: Float[Array, "batch seq in"], *, adapter_key: PRNGKeyArray | None = None
+    ) -> Float[Array, "batch seq out"]:
         """Multiply rows as one matrix: with batch and sequence apart, XLA's CPU backend transposes
-        a copy of every gradient, which doubles the time of the MLP."""
+        a copy of every gradient, which doubles the time of the MLP.
+
+        Args:
+            adapter_key: Dropout of the adapter, where there is one beside it (`LoraLinear`).
+        """
+        del adapter_key
         kernel = self.kernel[...].astype(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         out = jnp.einsum("re,ef->rf", rows, kernel, precision=matmul_precision(x.dtype))
@@ -96,7 +105,19 @@ class MLP(nnx.Module):
         self.dropout_rate = config.mlp_dropout
 
     def __call__(
-        self, x: Float[Array, "batch seq hidden"], *, dropout_key: PRNGKeyArray | None
+        self,
+        x: Float[Array, "batch seq hidden"],
+        *,
+        dropout_key: PRNGKeyArray | None,
+        adapter_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "batch seq hidden"]:
-        inner = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(dropout(inner, rate=self.dropout_rate, key=dropout_key))
+        keys = keys_of(adapter_key, 3)
+        inner = jax.nn.silu(self.gate_proj(x, adapter_key=keys[0]))
+        inner = inner * self.up_proj(x, adapter_key=keys[1])
+        inner = dropout(inner, rate=self.dropout_rate, key=dropout_key)
+        return self.down_proj(inner, adapter_key=keys[2])
+
+
+def keys_of(key: PRNGKeyArray | None, count: int) -> list[Any]:
+    """Split a key; without one there is none, and no dropout."""
+    return [None] * count if key is None else [*jax.random.split(key, count)]

@@ -16,6 +16,10 @@ class Placement:
 
     # What of a block is kept for its backward pass, as a policy of `jax.checkpoint`; None is all.
     kept: Callable[..., Any] | None = None
+    # Whether the program holds arrays whole, so that a loop may go over their rows.
+    whole_rows = True
+    # Among how many devices of one program the rows are divided.
+    row_groups = 1
 
     def block_weights(self, weights: Any) -> Any:
         """Bring the weights of one block to where they are used."""

@@ -28,6 +28,7 @@ from tinyllm_jax.model.layers import (
     Linear,
     RMSNorm,
     compute_dtype,
+    keys_of,
     matmul_precision,
     parameter_dtype,
 )
@@ -76,18 +77,23 @@ class Attention(nnx.Module):
         cache: LayerCache | None,
         positions: Int[Array, "batch seq"],
         dropout_key: PRNGKeyArray | None,
+        adapter_key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch seq hidden"], LayerCache | None]:
         """Attend to this call's tokens or, with a cache, to every position up to each token's."""
         config, (batch, seq, _) = self.config, x.shape
-        query = self.q_proj(x).reshape(batch, seq, config.num_attention_heads, config.head_dim)
-        key = self.k_proj(x).reshape(batch, seq, config.num_key_value_heads, config.head_dim)
-        value = self.v_proj(x).reshape(batch, seq, config.num_key_value_heads, config.head_dim)
+        keys = keys_of(adapter_key, 4)
+        query = self.q_proj(x, adapter_key=keys[0])
+        query = query.reshape(batch, seq, config.num_attention_heads, config.head_dim)
+        key = self.k_proj(x, adapter_key=keys[1])
+        key = key.reshape(batch, seq, config.num_key_value_heads, config.head_dim)
+        value = self.v_proj(x, adapter_key=keys[2])
+        value = value.reshape(batch, seq, config.num_key_value_heads, config.head_dim)
         if config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rope), rotate(key, *rope)
         if cache is not None:
             cache = write(cache, key, value, positions)
-            key, value = cache
+            key, value = cache.by_slot()
         mixed = attention(
             query,
             key,
@@ -98,7 +104,7 @@ class Attention(nnx.Module):
             dropout_rate=config.attention_dropout,
             dropout_key=dropout_key,
         )
-        return self.o_proj(mixed.reshape(batch, seq, -1)), cache
+        return self.o_proj(mixed.reshape(batch, seq, -1), adapter_key=keys[3]), cache
 
 
 class DecoderLayer(nnx.Module):
@@ -126,7 +132,7 @@ class DecoderLayer(nnx.Module):
         counted: Bool[Array, "batch seq"],
         dropout_key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "batch seq hidden"], LayerCache | None, Routing | None]:
-        keys = [None] * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
+        keys = keys_of(dropout_key, 6)
         attended, cache = self.self_attn(
             self.input_layernorm(x),
             rope,
@@ -134,13 +140,14 @@ class DecoderLayer(nnx.Module):
             cache=cache,
             positions=positions,
             dropout_key=keys[0],
+            adapter_key=keys[4],
         )
         x = x + dropout(attended, rate=self.residual_dropout, key=keys[1])
         normed, routing = self.post_attention_layernorm(x), None
         if isinstance(self.mlp, MoE):
             fed, routing = self.mlp(normed, counted, dropout_key=keys[2])
         else:
-            fed = self.mlp(normed, dropout_key=keys[2])
+            fed = self.mlp(normed, dropout_key=keys[2], adapter_key=keys[5])
         return x + dropout(fed, rate=self.residual_dropout, key=keys[3]), cache, routing
 
 
@@ -161,6 +168,9 @@ class Transformer(nnx.Module):
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps, dtype=dtype)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(hidden, config.vocab_size, std=std, dtype=dtype, rngs=rngs)
+        if config.score_head:
+            # Scores begin near 0: normed states are about sqrt(hidden) long.
+            self.score = Linear(hidden, 1, std=std / hidden**0.5, dtype=dtype, rngs=rngs)
         self.config = config
 
     def __call__(
@@ -211,7 +221,7 @@ class Transformer(nnx.Module):
         if counted is None:
             counted = jnp.ones(tokens.shape, bool)
         if cache is not None:
-            mask = visible_slots(positions, slots=cache[0].keys.shape[1])
+            mask = visible_slots(positions, slots=cache[0].slots())
         elif segment_ids is not None:
             mask = segment_mask(segment_ids)
         rope = rope_tables(positions, config, dtype=dtype)
@@ -298,3 +308,16 @@ class Transformer(nnx.Module):
             preferred_element_type=jnp.promote_types(dtype, jnp.float32),
         )
         return placement().logits(logits.reshape(*hidden.shape[:-1], -1))
+
+    def scores(self, hidden: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq"]:
+        """Give the score head's number at each position, summed in float32 (float64 stays float64)."""
+        dtype = hidden.dtype
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        scores = jnp.einsum(
+            "re,e->r",
+            rows,
+            self.score.kernel[...][:, 0].astype(dtype),
+            precision=matmul_precision(dtype),
+            preferred_element_type=jnp.promote_types(dtype, jnp.float32),
+        )
+        return scores.reshape(hidden.shape[:-1])

@@ -65,7 +65,7 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
         layer += per_mlp * config.intermediate_size
     embedding = config.vocab_size * hidden
     head = 0 if config.tie_word_embeddings else embedding
-    outside = config.num_hidden_layers * layer + hidden + head
+    outside = config.num_hidden_layers * layer + hidden + head + hidden * config.score_head
     return outside + embedding, outside
 
 

@@ -2,16 +2,20 @@
 
 A step folder `checkpoints/<step>/` holds
 
-    state/           weights, moments and counters, by Orbax, under their dotted names
+    state/           weights, moments and counters, by Orbax, under their dotted names; of a run that
+                     trains adapters only these, and `reference/` of the run folder holds the model
     meta.json        step, data position, seed, config, hashes of tokenizer and data, best so far
     tokenizer.*      the tokenizer, so that the folder stands alone
     checksums.json   SHA-256 of every file above
+
+With several processes each writes what only its devices hold, and process 0 all else.
 
 It is written under a hidden name and renamed when every byte is on the disk, so a process killed
 during a save leaves the earlier checkpoints and nothing that looks like a new one.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import logging
@@ -27,17 +31,25 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from tinyllm_jax.config import Config, config_from_table, config_to_table
+from tinyllm_jax.config import Config, LoraConfig, config_from_table, config_to_table
 from tinyllm_jax.data.files import write_file
 from tinyllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tinyllm_jax.errors import InputError
+from tinyllm_jax.model.lora import merge_adapters
+from tinyllm_jax.training.distributed import hosts
 from tinyllm_jax.training.optim import Moments, read_moments
 from tinyllm_jax.training.step import TrainState
-from tinyllm_jax.training.step_folders import find_checkpoint, finish_step_folder
+from tinyllm_jax.training.step_folders import (
+    REFERENCE,
+    damage,
+    find_checkpoint,
+    finish_step_folder,
+)
 
 FORMAT = 1
 # Orbax keeps a data file in memory until it has this size; by default 2 GB, a second checkpoint.
 DATA_FILE_BYTES = 1 << 24
+NO_MOMENTS: Any = Moments(np.int32(0), {}, {})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -104,9 +116,13 @@ def write_step_folder(
         step: Batches taken, int32 as the other counters.
         remarks: Further keys of `meta.json`, for people to read.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial, here = folder.with_name(f".{folder.name}.partial"), hosts()
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    here.first(begin)
     try:
         tree = {
             "weights": dict(weights),
@@ -133,11 +149,17 @@ def write_step_folder(
             "best": dict(best) if best else None,
             **remarks,
         }
-        write_file(partial / "meta.json", json.dumps(meta, indent=1).encode())
-        tokenizer.save(partial)
-        finish_step_folder(partial, folder)
+
+        def finish() -> None:
+            write_file(partial / "meta.json", json.dumps(meta, indent=1).encode())
+            tokenizer.save(partial)
+            finish_step_folder(partial, folder)
+
+        here.meet()  # every process has written its part
+        here.first(finish)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if here.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     return folder
 
@@ -145,9 +167,50 @@ def write_step_folder(
 def open_checkpoint(path: Path, *, on_damaged: Callable[[str], None]) -> Checkpoint:
     """Read the newest good checkpoint of a run or step folder, or of anything `convert` reads.
 
+    Adapters are merged into the model that they adapt.
+
     Raises:
         InputError: there is none, or it has no tokenizer.
     """
+    return merged(open_to_resume(path, on_damaged=on_damaged))
+
+
+def merged(checkpoint: Checkpoint) -> Checkpoint:
+    """Give the whole model of a checkpoint that may hold adapters, then without their moments.
+
+    Raises:
+        InputError: the model that they adapt is not in the run folder.
+    """
+    if checkpoint.config.lora.rank == 0:
+        return checkpoint
+    frozen = read_checkpoint(find_adapted(checkpoint.folder)).weights
+    config = dataclasses.replace(checkpoint.config, lora=LoraConfig())
+    return dataclasses.replace(
+        checkpoint,
+        config=config,
+        weights=merge_adapters(frozen, checkpoint.weights, lora=checkpoint.config.lora),
+        moments=NO_MOMENTS,
+    )
+
+
+def find_adapted(folder: Path) -> Path:
+    """Find the model that the adapters of a step folder adapt.
+
+    Raises:
+        InputError: it is not in the run folder, or damaged.
+    """
+    run = folder.parents[1] if folder.parent.name == "checkpoints" else folder
+    problem = damage(run / REFERENCE) if (run / REFERENCE).is_dir() else "it is not there"
+    if problem:
+        raise InputError(
+            f"{folder}: holds adapters of the model in {run / REFERENCE}, and that cannot be read "
+            f"({problem}). Put the whole run folder back."
+        )
+    return run / REFERENCE
+
+
+def open_to_resume(path: Path, *, on_damaged: Callable[[str], None]) -> Checkpoint:
+    """Read a checkpoint as `open_checkpoint` does, but adapters as they are, with their moments."""
     is_ours = any((path / name).exists() for name in ("checkpoints", "meta.json", "checksums.json"))
     if is_ours or not path.exists():
         path = find_checkpoint(path, on_damaged=on_damaged)
@@ -231,6 +294,7 @@ def _as_os_error(error: ValueError, *, path: Path) -> Exception:
     if found is None:
         return error
     # The error is told once; what Orbax's other tasks say of it when they are collected is not.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    for library in ("asyncio", "concurrent.futures"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     code = int(found[1])
     return OSError(code, os.strerror(code), str(path))

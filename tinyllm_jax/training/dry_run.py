@@ -23,7 +23,7 @@ from tinyllm_jax.model.weights import (
 from tinyllm_jax.objectives.pretrain import count_targets, next_token_loss
 from tinyllm_jax.training.devices import peak_flops
 from tinyllm_jax.training.parallel import grid_sizes, make_parallel
-from tinyllm_jax.training.step import make_train_step, new_state
+from tinyllm_jax.training.step import make_train_step, new_state, scan_steps
 
 # The clock runs for at least two steps, and for more while they fit into this time.
 TIMING_SECONDS = 5.0
@@ -31,9 +31,9 @@ GIGABYTE = 1e9
 
 
 class Compiled(NamedTuple):
-    """A train step, ready to run, and the memory that its compiler says it takes, in bytes."""
+    """A dispatch of train steps, ready to run, and the memory that its compiler says it takes, in bytes."""
 
-    step: Any
+    steps: Any
     state: int  # weights and moments, which stay
     batch: int
     working: int  # gradients, activations and whatever else lives only within a step
@@ -95,10 +95,10 @@ def compile_step(config: Config) -> Compiled:
         make_parallel(config),
     )
     state, batch = parallel.shapes(
-        *jax.eval_shape(lambda: (first_state(config), made_up_batch(config))),
+        *jax.eval_shape(lambda: (first_state(config), made_up_batches(config))),
         passes=config.train.gradient_accumulation_steps,
     )
-    compiled = parallel.compile_train_step(step).lower(state, batch).compile()
+    compiled = parallel.compile_train_steps(scan_steps(step)).lower(state, batch).compile()
     memory: Any = compiled.memory_analysis()
     of_state, of_batch = (
         sum(bytes_of_one_device(shape) for shape in jax.tree.leaves(tree))
@@ -121,16 +121,17 @@ def first_state(config: Config) -> Any:
     return new_state(config, initial_weights(config.model, seed=config.train.seed))
 
 
-def made_up_batch(config: Config) -> dict[str, jax.Array]:
-    """Make rows of the form that the corpus would give, of random tokens."""
-    shape = (config.rows_per_step, config.data.sequence_length)
+def made_up_batches(config: Config) -> dict[str, jax.Array]:
+    """Make the rows of one dispatch in the form that the corpus would give, of random tokens."""
+    steps = config.train.steps_per_dispatch
+    shape = (steps, config.rows_per_step, config.data.sequence_length)
     keys = jax.random.split(jax.random.key(0))
     tokens, targets = (
         jax.random.randint(key, shape, 0, config.model.vocab_size, jnp.int32) for key in keys
     )
     batch = {"tokens": tokens, "targets": targets, "loss_mask": jnp.ones(shape, bool)}
     if config.data.packing == "packed":
-        batch["positions"] = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+        batch["positions"] = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
         batch["segment_ids"] = jnp.ones(shape, jnp.int32)
     return batch
 
@@ -200,17 +201,20 @@ def keeps_grid(config: Config, changed: Config) -> bool:
 
 
 def time_step(config: Config, compiled: Compiled) -> float:
-    """Run some steps and give the median time of one, in seconds."""
+    """Run some dispatches and give the median time of a step, in seconds."""
     parallel, passes = make_parallel(config), config.train.gradient_accumulation_steps
     state = parallel.make_state(lambda: first_state(config))
-    batch = parallel.place_batch(jax.device_get(made_up_batch(config)), passes=passes)
-    state, _ = jax.block_until_ready(compiled.step(state, batch))
+    made_up = jax.device_get(made_up_batches(config))
+    size = config.train.steps_per_dispatch
+    batches = [{name: rows[step] for name, rows in made_up.items()} for step in range(size)]
+    batch = parallel.place_steps(batches, passes=passes)
+    state, _ = jax.block_until_ready(compiled.steps(state, batch))
     times: list[float] = []
     while len(times) < 2 or sum(times) < TIMING_SECONDS:
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled.step(state, batch))
+        state, _ = jax.block_until_ready(compiled.steps(state, batch))
         times.append(time.perf_counter() - start)
-    return float(np.median(times))
+    return float(np.median(times)) / size
 
 
 def in_words(seconds: float) -> str:

@@ -3,10 +3,10 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -15,25 +15,30 @@ from flax import nnx
 from tinyllm_jax.config import Config
 from tinyllm_jax.data.batches import prefetch
 from tinyllm_jax.data.tokenizer import Tokenizer
+from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.weights import Weights
 from tinyllm_jax.training.checkpoint import save_checkpoint
+from tinyllm_jax.training.distributed import hosts, stop_together
 from tinyllm_jax.training.metrics import MetricsFile
 from tinyllm_jax.training.parallel import Parallel
-from tinyllm_jax.training.progress import Progress
+from tinyllm_jax.training.profile import Profile
+from tinyllm_jax.training.progress import Progress, Silent
 from tinyllm_jax.training.report import write_report
-from tinyllm_jax.training.signals import stop_on_signals
 from tinyllm_jax.training.step import (
+    Fixed,
     LossSums,
     LossWeight,
+    ReadRows,
     TrainState,
     make_evaluation_step,
     make_train_step,
+    scan_steps,
 )
 from tinyllm_jax.training.step_folders import mark_best, prune_checkpoints
 from tinyllm_jax.training.step_log import StepLog
 
 HostBatch = dict[str, np.ndarray]
-# Batches that are made ahead of the step in hand.
+# Dispatches whose batches are made ahead of the one in hand.
 PREFETCH_DEPTH = 2
 
 
@@ -43,9 +48,37 @@ class Objective:
 
     loss_sums: LossSums
     loss_weight: LossWeight
-    train_batch: Callable[[int], HostBatch]  # batch number, from 0; a pure function
-    evaluation_batches: Callable[[], Iterable[HostBatch]]  # always the same
+    # Batch number, from 0, and the places of the rows to read (all, if None); a pure function.
+    train_batch: Callable[..., HostBatch]
+    evaluation_batches: Callable[..., Iterable[HostBatch]]  # of such rows; always the same
     describe_loss: Callable[[float], dict[str, float]]  # other ways to say a validation loss
+    shown: tuple[str, ...] = ()  # what else an evaluation tells a person
+    corpus: "DeviceCorpus | None" = None  # where the device reads the rows of training batches
+    rollouts: "Rollouts | None" = None  # what makes batches and evaluations with the live weights
+
+
+@runtime_checkable
+class Rollouts(Protocol):
+    """Learning from what the model itself writes: its batches depend on the weights."""
+
+    steps: int  # that learn from the same batch; checkpoints fall between these
+
+    def batch(self, weights: Weights, number: int) -> tuple[HostBatch, dict[str, Any]]:
+        """Make the batch of the steps after `number` steps, and what is told of it."""
+        ...
+
+    def evaluate(self, weights: Weights) -> tuple[dict[str, Any], str]:
+        """Tell numbers, `loss` among them, and something to read."""
+        ...
+
+
+@dataclass(frozen=True)
+class DeviceCorpus:
+    """Token shards that lie on the device, in whose stead a batch names places in them."""
+
+    arrays: HostBatch
+    read_rows: ReadRows
+    places: Callable[[int], HostBatch]  # batch number, from 0; a pure function
 
 
 @dataclass(frozen=True)
@@ -107,101 +140,228 @@ def fit(
         best: Lowest validation loss so far, from the checkpoint.
         sample: Writes a continuation with the weights, at each evaluation.
     """
-    train_step = parallel.compile_train_step(
-        make_train_step(config, structure, objective.loss_sums, objective.loss_weight)
+    here, corpus, rollouts = hosts(), objective.corpus, objective.rollouts
+    if rollouts and here.count > 1:
+        raise InputError(
+            f"run.mode={config.run.mode} learns from what it writes in one process, and there are "
+            f"{here.count}. Leave --distributed.coordinator out."
+        )
+    train_steps = parallel.compile_train_steps(
+        scan_steps(
+            make_train_step(
+                config,
+                structure,
+                objective.loss_sums,
+                objective.loss_weight,
+                corpus.read_rows if corpus else None,
+            )
+        )
     )
     evaluation_step = parallel.compile_evaluation_step(
         make_evaluation_step(structure, objective.loss_sums, objective.loss_weight)
     )
-
-    def placed_batch(number: int) -> dict[str, Any]:
-        passes = config.train.gradient_accumulation_steps
-        return parallel.place_batch(objective.train_batch(number), passes=passes)
-
     settings, first_step = config.train, int(state.step)
+    fixed = Fixed({}, parallel.place_corpus(corpus.arrays) if corpus else {})
     nonfinite = ""
+    shown = Progress if here.is_first else Silent
     with (
-        MetricsFile(folder / "metrics.jsonl", resume_step=first_step) as metrics,
-        Progress(first_step=first_step, max_steps=settings.max_steps) as progress,
-        stop_on_signals() as wish,
-        prefetch(placed_batch, start_step=first_step, depth=PREFETCH_DEPTH) as batches,
+        here.first_writes(folder) as notes,
+        MetricsFile(notes / "metrics.jsonl", resume_step=first_step) as metrics,
+        shown(first_step=first_step, max_steps=settings.max_steps) as progress,
+        stop_together() as wish,
+        _Feed(objective, config, parallel, first_step=first_step) as feed,
     ):
+        profile = Profile(notes, steps=config.run.profile, progress=progress)
         log = StepLog(
-            folder,
+            notes,
             config=config,
-            train_batch=objective.train_batch,
+            train_batch=feed.host_batch,
             devices=parallel.devices,
             metrics=metrics,
             progress=progress,
         )
-
-        def look(step: int) -> bool:
-            """Evaluate and sample; tell whether the loss is the lowest so far."""
-            nonlocal best
-            batches = (
-                parallel.place_batch(batch, passes=1) for batch in objective.evaluation_batches()
-            )
-            means = evaluate(evaluation_step, state.weights, batches)
-            loss = means["loss"]
-            described = objective.describe_loss(loss)
-            text = sample(parallel.one_copy(state.weights))
-            metrics.write(
-                [
-                    {"kind": "eval", "step": step, **means, **described},
-                    {"kind": "sample", "step": step, "text": text},
-                ]
-            )
-            progress.show_evaluation(step=step, loss=loss, described=described, text=text)
-            if not math.isfinite(loss) or (best is not None and loss >= best["loss"]):
-                return False
-            best = {"step": step, "loss": loss}
-            return True
-
-        def save(*, is_best: bool) -> None:
-            metrics.flush_to_disk()
-            save_checkpoint(
-                folder,
-                state,
-                config=config,
-                tokenizer=identity.tokenizer,
-                dataset_hash=identity.dataset_hash,
-                best=best,
-            )
-            if is_best:
-                mark_best(folder, int(state.step))
-            best_step = best["step"] if best else None
-            prune_checkpoints(folder, keep=config.checkpoint.keep, best_step=best_step)
-
-        for step in range(first_step + 1, settings.max_steps + 1):
+        looks = _Looks(objective, evaluation_step, parallel, sample, metrics, progress, best)
+        sizes: set[int] = set()  # of dispatches; each size is a program
+        for steps in dispatches(config, first_step=first_step):
             asked = time.perf_counter()
-            batch = next(batches)
+            if feed.is_rollout_due(steps):
+                log.write(leave=0)
+                metrics.write([feed.roll_out(steps, state.weights)])
+            batch = feed.take(steps)
             waited_seconds = time.perf_counter() - asked
-            state, numbers = train_step(state, batch)
-            log.add(step, numbers, waited_seconds=waited_seconds)
+            profile.before(compiled=len(steps) in sizes)
+            state, numbers = train_steps(state, batch, fixed)
+            profile.after(steps, numbers)
+            step = steps[-1]
+            log.add(steps, numbers, waited_seconds=waited_seconds)
             progress.advance(step)
-            if step == first_step + 1:
+            if len(steps) not in sizes:
                 jax.block_until_ready(numbers)  # compiled: only now the clock means something
+                sizes.add(len(steps))
                 log.restart_clock()
-            log.write_due(step)
+            log.write_due(steps)
             is_end = step == settings.max_steps
             is_look = is_end or step % settings.eval_interval_steps == 0
             is_save = is_end or step % config.checkpoint.interval_steps == 0
-            is_stop = wish.received is not None
+            # A checkpoint between the steps that learn from the same answers would lose these.
+            may_stop = rollouts is None or step % rollouts.steps == 0
+            is_stop = wish.reached() and may_stop
             if is_look or is_save or is_stop:
                 log.write(leave=0)
-            if log.longest_streak >= settings.max_nonfinite_steps:
+            if log.longest_streak >= settings.max_nonfinite_steps and may_stop:
                 log.write(leave=0)
                 nonfinite = describe_nonfinite(step, streak=log.longest_streak)
                 is_stop = True
             if is_look or is_save or is_stop:
-                improved = is_look and look(step)
+                improved = is_look and looks.look(state.weights, step)
                 if is_save or is_stop or improved:
-                    save(is_best=improved)
-                write_report(folder)
+                    metrics.flush_to_disk()
+                    _save(folder, state, config, identity, best=looks.best, is_best=improved)
+                if here.is_first:
+                    write_report(folder)
                 log.restart_clock()
             if is_stop:
                 break
-    return Outcome(state, best, wish.received, nonfinite)
+        profile.close()
+    return Outcome(state, looks.best, wish.received, nonfinite)
+
+
+class _Feed:
+    """Hands over the batches of each dispatch: read ahead, or made with the weights in training."""
+
+    def __init__(
+        self, objective: Objective, config: Config, parallel: Parallel, *, first_step: int
+    ):
+        self._objective, self._rollouts, self._parallel = objective, objective.rollouts, parallel
+        self._passes = config.train.gradient_accumulation_steps
+        self._own_rows = parallel.own_rows(passes=self._passes)
+        self._rolled: HostBatch = {}
+        steps = () if self._rollouts else dispatches(config, first_step=first_step)
+        self._reading = prefetch(self._read, steps, depth=PREFETCH_DEPTH)
+
+    def __enter__(self) -> "_Feed":
+        self._ahead = self._reading.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._reading.__exit__(*error)
+
+    def _read(self, steps: range) -> dict[str, Any]:
+        numbers, corpus = [step - 1 for step in steps], self._objective.corpus
+        if corpus:
+            batches = [*map(corpus.places, numbers)]
+        else:
+            batches = [self._objective.train_batch(number, self._own_rows) for number in numbers]
+        return self._parallel.place_steps(batches, passes=self._passes)
+
+    def is_rollout_due(self, steps: range) -> bool:
+        """Tell whether these steps are the first to learn from new answers."""
+        return self._rollouts is not None and (steps[0] - 1) % self._rollouts.steps == 0
+
+    def roll_out(self, steps: range, weights: Weights) -> dict[str, Any]:
+        """Make the batch of these and the next steps, and give the row that tells of it."""
+        assert self._rollouts is not None
+        self._rolled, told = self._rollouts.batch(self._parallel.one_copy(weights), steps[0] - 1)
+        return {"kind": "rollout", "step": steps[0], **told}
+
+    def take(self, steps: range) -> dict[str, Any]:
+        """Give the batches of the next dispatch, on the devices."""
+        if self._rollouts is None:
+            return next(self._ahead)
+        return self._parallel.place_steps([self._rolled] * len(steps), passes=self._passes)
+
+    def host_batch(self, number: int) -> HostBatch:
+        """Give the whole batch of a step that was just taken once more."""
+        return self._rolled if self._rollouts else self._objective.train_batch(number)
+
+
+class _Looks:
+    """Evaluates and samples, and remembers the best."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        evaluation_step: Callable[..., Any],
+        parallel: Parallel,
+        sample: Callable[[Weights], str],
+        metrics: MetricsFile,
+        progress: Progress | Silent,
+        best: dict[str, Any] | None,
+    ):
+        self._objective, self._evaluation_step = objective, evaluation_step
+        self._parallel, self._sample = parallel, sample
+        self._metrics, self._progress = metrics, progress
+        self.best = best
+
+    def look(self, weights: Weights, step: int) -> bool:
+        """Evaluate and sample; tell whether the loss is the lowest so far."""
+        means, text = self._measure(weights)
+        loss = means["loss"]
+        described = self._objective.describe_loss(loss)
+        described |= {name: means[name] for name in self._objective.shown}
+        self._metrics.write(
+            [
+                {"kind": "eval", "step": step, **means, **described},
+                {"kind": "sample", "step": step, "text": text},
+            ]
+        )
+        self._progress.show_evaluation(step=step, loss=loss, described=described, text=text)
+        if not math.isfinite(loss) or (self.best is not None and loss >= self.best["loss"]):
+            return False
+        self.best = {"step": step, "loss": loss}
+        return True
+
+    def _measure(self, weights: Weights) -> tuple[dict[str, Any], str]:
+        objective, parallel = self._objective, self._parallel
+        if objective.rollouts:
+            return objective.rollouts.evaluate(parallel.one_copy(weights))
+        rows = objective.evaluation_batches(parallel.own_rows(passes=1))
+        means = evaluate(self._evaluation_step, weights, map(parallel.place_batch, rows))
+        return means, self._sample(parallel.one_copy(weights))
+
+
+def _save(
+    folder: Path,
+    state: TrainState,
+    config: Config,
+    identity: Identity,
+    *,
+    best: dict[str, Any] | None,
+    is_best: bool,
+) -> None:
+    """Write a checkpoint, name it the best if it is, and remove those that are too many."""
+    save_checkpoint(
+        folder,
+        state,
+        config=config,
+        tokenizer=identity.tokenizer,
+        dataset_hash=identity.dataset_hash,
+        best=best,
+    )
+    if not hosts().is_first:
+        return
+    if is_best:
+        mark_best(folder, int(state.step))
+    best_step = best["step"] if best else None
+    prune_checkpoints(folder, keep=config.checkpoint.keep, best_step=best_step)
+
+
+def dispatches(config: Config, *, first_step: int) -> Iterator[range]:
+    """Cut the steps after `first_step` into those that a device takes without the host.
+
+    Which steps go together depends on their numbers alone, so that a resumed run goes through the
+    same programs, with the same rounding, as one that was never stopped: `train.steps_per_dispatch`
+    of them from each of its multiples on, and single ones where an evaluation or a checkpoint comes
+    before the next multiple.
+    """
+    settings, size = config.train, config.train.steps_per_dispatch
+    intervals = (settings.eval_interval_steps, config.checkpoint.interval_steps)
+    step = first_step
+    while step < settings.max_steps:
+        end = min(settings.max_steps, *(step - step % each + each for each in intervals))
+        count = size if step % size == 0 and step + size <= end else 1
+        yield range(step + 1, step + count + 1)
+        step += count
 
 
 def describe_nonfinite(step: int, *, streak: int) -> str:

@@ -5,7 +5,7 @@ sampling, metrics and checkpoints need not know how many devices there are.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -29,7 +29,10 @@ from tinyllm_jax.training.sharding import (
 )
 from tinyllm_jax.training.step import TrainState
 
+HostBatch = Mapping[str, np.ndarray]
 PMAP_AXIS = "devices"
+# Lets GPUs talk while they compute. Source: NVIDIA JAX-Toolbox, docs/GPU_performance.md.
+OVERLAP: dict[str, str | bool | int] = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
 
 @runtime_checkable
@@ -51,20 +54,37 @@ class Parallel(Protocol):
         """Move what is not in its place."""
         ...
 
-    def place_batch(self, batch: dict[str, np.ndarray], *, passes: int) -> dict[str, Any]:
-        """Hand rows to the devices that read them; an evaluation has one pass."""
+    def own_rows(self, *, passes: int) -> np.ndarray | None:
+        """Give the places in a step of the rows that this process reads; None is all of them."""
         ...
 
-    def shapes(self, state: Any, batch: Any, *, passes: int) -> tuple[Any, Any]:
-        """Tell how the train step takes a state and a batch, given as shapes."""
+    def place_batch(self, batch: HostBatch) -> dict[str, Any]:
+        """Hand the rows of an evaluation to the devices that read them."""
         ...
 
-    def compile_train_step(self, step: Callable[..., Any]) -> Any:
-        """Compile (state, batch) -> (state, numbers), which takes the state's memory over."""
+    def place_steps(self, batches: Sequence[HostBatch], *, passes: int) -> dict[str, Any]:
+        """Hand the rows of some steps, stacked, to the devices that read them in each pass."""
+        ...
+
+    def place_corpus(self, corpus: HostBatch) -> dict[str, Any]:
+        """Give every device all of the corpus."""
+        ...
+
+    def shapes(self, state: Any, batches: Any, *, passes: int) -> tuple[Any, Any]:
+        """Tell how `scan_steps` takes a state and stacked batches, given as shapes."""
+        ...
+
+    def compile_train_steps(self, steps: Callable[..., Any]) -> Any:
+        """Compile what `scan_steps` makes: (state, batches, fixed), which takes the state's memory
+        over."""
         ...
 
     def compile_evaluation_step(self, step: Callable[..., Any]) -> Any:
         """Compile (weights, batch) -> (sums, targets)."""
+        ...
+
+    def compile_weights(self, build: Callable[..., Weights]) -> Any:
+        """Compile what makes weights of others; they are where weights of their names are."""
         ...
 
     def one_copy(self, weights: Weights) -> Weights:
@@ -89,19 +109,32 @@ class OneDevice:
     def place_state(self, state: TrainState) -> TrainState:
         return state
 
-    def place_batch(self, batch: dict[str, np.ndarray], *, passes: int) -> dict[str, Any]:
+    def own_rows(self, *, passes: int) -> np.ndarray | None:
         del passes
-        return batch
+        return None
 
-    def shapes(self, state: Any, batch: Any, *, passes: int) -> tuple[Any, Any]:
+    def place_batch(self, batch: HostBatch) -> dict[str, Any]:
+        return dict(batch)
+
+    def place_steps(self, batches: Sequence[HostBatch], *, passes: int) -> dict[str, Any]:
         del passes
-        return state, batch
+        return stack_batches(batches)
 
-    def compile_train_step(self, step: Callable[..., Any]) -> Any:
-        return jax.jit(step, donate_argnums=0)
+    def place_corpus(self, corpus: HostBatch) -> dict[str, Any]:
+        return {name: jnp.asarray(array) for name, array in corpus.items()}
+
+    def shapes(self, state: Any, batches: Any, *, passes: int) -> tuple[Any, Any]:
+        del passes
+        return state, batches
+
+    def compile_train_steps(self, steps: Callable[..., Any]) -> Any:
+        return jax.jit(steps, donate_argnums=0)
 
     def compile_evaluation_step(self, step: Callable[..., Any]) -> Any:
         return jax.jit(step)
+
+    def compile_weights(self, build: Callable[..., Weights]) -> Any:
+        return jax.jit(build)
 
     def one_copy(self, weights: Weights) -> Weights:
         return weights
@@ -112,7 +145,7 @@ class OnMesh:
 
     def __init__(self, config: Config, mesh: Mesh, *, description: str):
         self.devices, self.description = mesh.size, description
-        self._mesh = mesh
+        self._mesh, self._pass_rows = mesh, config.train.batch_size
         self._placement = MeshPlacement(mesh, dtype=compute_dtype(config.model))
 
     def make_state(self, build: Callable[..., TrainState], *arrays: Any) -> TrainState:
@@ -122,45 +155,70 @@ class OnMesh:
     def place_weights(self, weights: Mapping[str, Any], dtype: Any) -> Weights:
         # Copied, since a device of the CPU may keep the host's own memory, which may not be donated.
         return {
-            name: jnp.array(jax.device_put(np.asarray(array, dtype), self._at(weight_spec(name))))
+            name: jnp.array(_cut_for(self._at(weight_spec(name)), np.asarray(array, dtype)))
             for name, array in weights.items()
         }
 
     def place_state(self, state: TrainState) -> TrainState:
-        return jax.device_put(state, state_shardings(self._mesh, state))
+        def place(leaf: Any, sharding: NamedSharding) -> Array:
+            if jax.process_count() > 1 and getattr(leaf, "is_fully_addressable", True):
+                return _cut_for(sharding, np.asarray(leaf))  # every process has all of it
+            return jax.device_put(leaf, sharding)
 
-    def place_batch(self, batch: dict[str, np.ndarray], *, passes: int) -> dict[str, Any]:
-        spec = PartitionSpec(ROWS)
-        if passes > 1:
-            batch = {
-                name: rows.reshape(passes, -1, *rows.shape[1:]) for name, rows in batch.items()
-            }
-            spec = PartitionSpec(None, ROWS)
-        return {name: self._put(rows, self._at(spec)) for name, rows in batch.items()}
+        return jax.tree.map(place, state, state_shardings(self._mesh, state))
 
-    def shapes(self, state: Any, batch: Any, *, passes: int) -> tuple[Any, Any]:
+    def own_rows(self, *, passes: int) -> np.ndarray | None:
+        if jax.process_count() == 1:
+            return None
+        divided = self._at(PartitionSpec(ROWS)).addressable_devices_indices_map((self._pass_rows,))
+        rows = np.arange(self._pass_rows)
+        own = np.unique(np.concatenate([rows[part] for part in divided.values()]))
+        return (np.arange(passes)[:, None] * self._pass_rows + own).reshape(-1)
+
+    def place_batch(self, batch: HostBatch) -> dict[str, Any]:
+        return {name: self._put(rows, PartitionSpec(ROWS)) for name, rows in batch.items()}
+
+    def place_steps(self, batches: Sequence[HostBatch], *, passes: int) -> dict[str, Any]:
+        def cut(rows: np.ndarray) -> Array:
+            spec, shape = self._cut(rows.shape, passes=passes)
+            return self._put(rows.reshape(shape), spec)
+
+        return {name: cut(rows) for name, rows in stack_batches(batches).items()}
+
+    def place_corpus(self, corpus: HostBatch) -> dict[str, Any]:
+        whole = self._at(PartitionSpec())
+        return {name: _cut_for(whole, array) for name, array in corpus.items()}
+
+    def shapes(self, state: Any, batches: Any, *, passes: int) -> tuple[Any, Any]:
         def cut(rows: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            if passes == 1:
-                return _shape(rows.shape, rows, self._at(PartitionSpec(ROWS)))
-            shape = (passes, rows.shape[0] // passes, *rows.shape[1:])
-            return _shape(shape, rows, self._at(PartitionSpec(None, ROWS)))
+            spec, shape = self._cut(rows.shape, passes=passes)
+            return _shape(shape, rows, self._at(spec))
 
         placed_state = jax.tree.map(
             lambda leaf, sharding: _shape(leaf.shape, leaf, sharding),
             state,
             state_shardings(self._mesh, state),
         )
-        return placed_state, jax.tree.map(cut, batch)
+        return placed_state, jax.tree.map(cut, batches)
 
-    def compile_train_step(self, step: Callable[..., Any]) -> Any:
-        def train_step(state: TrainState, batch: dict[str, Array]) -> Any:
+    @staticmethod
+    def _cut(shape: tuple[int, ...], *, passes: int) -> tuple[PartitionSpec, tuple[int, ...]]:
+        """Tell how rows of stacked steps are divided, in each pass by itself."""
+        if passes == 1:
+            return PartitionSpec(None, ROWS), shape
+        steps, rows, *rest = shape
+        return PartitionSpec(None, None, ROWS), (steps, passes, rows // passes, *rest)
+
+    def compile_train_steps(self, steps: Callable[..., Any]) -> Any:
+        def train_steps(state: TrainState, *batches_and_fixed: Any) -> Any:
             with placed(self._placement):
-                new, numbers = step(state, batch)
+                new, numbers = steps(state, *batches_and_fixed)
             shardings = state_shardings(self._mesh, state)
             new = jax.lax.with_sharding_constraint(new, shardings)
             return new, jax.lax.with_sharding_constraint(numbers, self._at(PartitionSpec()))
 
-        return jax.jit(train_step, donate_argnums=0)
+        options = OVERLAP if self._mesh.devices.flat[0].platform == "gpu" else {}
+        return jax.jit(train_steps, donate_argnums=0, compiler_options=options)
 
     def compile_evaluation_step(self, step: Callable[..., Any]) -> Any:
         def evaluation_step(weights: Weights, batch: dict[str, Array]) -> Any:
@@ -169,16 +227,27 @@ class OnMesh:
 
         return jax.jit(evaluation_step, out_shardings=self._at(PartitionSpec()))
 
+    def compile_weights(self, build: Callable[..., Weights]) -> Any:
+        def built(*given: Any) -> Weights:
+            return {
+                name: jax.lax.with_sharding_constraint(weight, self._at(weight_spec(name)))
+                for name, weight in build(*given).items()
+            }
+
+        return jax.jit(built)
+
     def one_copy(self, weights: Weights) -> Weights:
         return whole_weights(weights)
 
     def _at(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self._mesh, spec)
 
-    @staticmethod
-    def _put(rows: np.ndarray, sharding: NamedSharding) -> Array:
-        # Says that this process holds all rows; one that reads its own leaves the shape out.
-        return jax.make_array_from_process_local_data(sharding, rows, rows.shape)
+    def _put(self, rows: np.ndarray, spec: PartitionSpec) -> Array:
+        shape = rows.shape
+        if jax.process_count() > 1:  # these are the process's own rows of a pass
+            axis = tuple(spec).index(ROWS)
+            shape = (*shape[:axis], self._pass_rows, *shape[axis + 1 :])
+        return jax.make_array_from_process_local_data(self._at(spec), rows, shape)
 
 
 class WithPmap:
@@ -205,42 +274,63 @@ class WithPmap:
     def place_state(self, state: TrainState) -> TrainState:
         return jax.device_put(state, self._whole)
 
-    def place_batch(self, batch: dict[str, np.ndarray], *, passes: int) -> dict[str, Any]:
+    def own_rows(self, *, passes: int) -> np.ndarray | None:
+        del passes
+        return None
+
+    def place_batch(self, batch: HostBatch) -> dict[str, Any]:
         def cut(rows: np.ndarray) -> Array:
-            """Give each device its part of every pass, one pass after another."""
-            shares = rows.reshape(passes, self.devices, -1, *rows.shape[1:]).swapaxes(0, 1)
-            return jax.device_put(shares.reshape(self.devices, -1, *rows.shape[1:]), self._rows)
+            return jax.device_put(rows.reshape(self.devices, -1, *rows.shape[1:]), self._rows)
 
         return {name: cut(rows) for name, rows in batch.items()}
 
-    def shapes(self, state: Any, batch: Any, *, passes: int) -> tuple[Any, Any]:
+    def place_steps(self, batches: Sequence[HostBatch], *, passes: int) -> dict[str, Any]:
+        def cut(rows: np.ndarray) -> Array:
+            """Give each device its part of every pass of every step, one pass after another."""
+            steps, _, *rest = rows.shape
+            shares = rows.reshape(steps * passes, self.devices, -1, *rest).swapaxes(0, 1)
+            return jax.device_put(shares.reshape(self.devices, steps, -1, *rest), self._rows)
+
+        return {name: cut(rows) for name, rows in stack_batches(batches).items()}
+
+    def place_corpus(self, corpus: HostBatch) -> dict[str, Any]:
+        del corpus
+        raise AssertionError("device_rows keeps the corpus with the host under pmap")
+
+    def shapes(self, state: Any, batches: Any, *, passes: int) -> tuple[Any, Any]:
         del passes
 
         def cut(rows: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            shape = (self.devices, rows.shape[0] // self.devices, *rows.shape[1:])
+            steps, count, *rest = rows.shape
+            shape = (self.devices, steps, count // self.devices, *rest)
             return _shape(shape, rows, self._rows)
 
         whole = jax.tree.map(lambda leaf: _shape(leaf.shape, leaf, self._whole), state)
-        return whole, jax.tree.map(cut, batch)
+        return whole, jax.tree.map(cut, batches)
 
-    def compile_train_step(self, step: Callable[..., Any]) -> Any:
-        return self._pmap(step, donate_argnums=0)
+    def compile_train_steps(self, steps: Callable[..., Any]) -> Any:
+        return self._pmap(steps, in_axes=(None, 0, None), donate_argnums=0)
 
     def compile_evaluation_step(self, step: Callable[..., Any]) -> Any:
-        return self._pmap(step, donate_argnums=())
+        return self._pmap(step, in_axes=(None, 0), donate_argnums=())
+
+    def compile_weights(self, build: Callable[..., Weights]) -> Any:
+        return jax.jit(build, out_shardings=self._whole)
 
     def one_copy(self, weights: Weights) -> Weights:
         return whole_weights(weights)
 
-    def _pmap(self, step: Callable[..., Any], *, donate_argnums: Any) -> Any:
-        def compiled_for_one(arrays: Any, batch: dict[str, Array]) -> Any:
+    def _pmap(
+        self, step: Callable[..., Any], *, in_axes: tuple[int | None, ...], donate_argnums: Any
+    ) -> Any:
+        def compiled_for_one(*arrays: Any) -> Any:
             with placed(PmapPlacement()):
-                return step(arrays, batch)
+                return step(*arrays)
 
         return jax.pmap(
             compiled_for_one,
             axis_name=PMAP_AXIS,
-            in_axes=(None, 0),
+            in_axes=in_axes,
             out_axes=None,
             devices=self._used,
             donate_argnums=donate_argnums,
@@ -269,6 +359,8 @@ def make_parallel(config: Config) -> Parallel:
     sizes = grid_sizes(config, devices=len(devices))
     used = math.prod(sizes.values())
     idle = f", {used} of {len(devices)} devices" if used < len(devices) else ""
+    if jax.process_count() > 1:
+        check_processes(config, sizes, devices=len(devices))
     if used == 1:
         return OneDevice(f"one{idle}" if idle else "")
     if config.parallel.strategy == "pmap":
@@ -276,6 +368,27 @@ def make_parallel(config: Config) -> Parallel:
     shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
     mesh = make_mesh(sizes, devices[:used])
     return OnMesh(config, mesh, description=f"mesh {shown}{idle}")
+
+
+def check_processes(config: Config, sizes: Mapping[str, int], *, devices: int) -> None:
+    """Refuse what several processes cannot do.
+
+    Raises:
+        InputError: says what they can.
+    """
+    if config.parallel.strategy == "pmap":
+        raise InputError(
+            "parallel.strategy=pmap is for the devices of one process, and there are "
+            f"{jax.process_count()} processes. Use --parallel.strategy mesh."
+        )
+    used, rows = math.prod(sizes.values()), config.train.batch_size
+    if used < devices:
+        share = devices // math.prod(sizes[axis] for axis in AXES if axis not in ROWS)
+        raise InputError(
+            f"parallel: {used} of {devices} devices would be used, and each of "
+            f"{jax.process_count()} processes must use all of its own. Use --batch-size "
+            f"{-(-rows // share) * share}, or sizes with a product of {devices}."
+        )
 
 
 def grid_sizes(config: Config, *, devices: int) -> dict[str, int]:
@@ -309,6 +422,18 @@ def grid_sizes(config: Config, *, devices: int) -> dict[str, int]:
     if problems:
         raise InputError("\n".join(problems))
     return sizes
+
+
+def stack_batches(batches: Sequence[HostBatch]) -> dict[str, np.ndarray]:
+    """Put the batches of some steps into one, with an axis of steps in front."""
+    if len(batches) == 1:  # without a copy
+        return {name: rows[None] for name, rows in batches[0].items()}
+    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _cut_for(sharding: NamedSharding, array: np.ndarray) -> Array:
+    """Give this process's devices their parts of an array that all processes have."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
 
 def _shape(shape: tuple[int, ...], leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

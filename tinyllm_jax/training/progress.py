@@ -71,6 +71,18 @@ class Progress:
         self._bar.close()
 
 
+class Silent(Progress):
+    """Shows nothing: another process of the run does."""
+
+    def __init__(self, *, first_step: int, max_steps: int):
+        super().__init__(first_step=first_step, max_steps=max_steps)
+        self._bar.close()
+        self._bar.disable = True
+
+    def note(self, text: str) -> None:
+        """Print nothing."""
+
+
 def say_number(name: str, value: float) -> str:
     """Write a number after its name; a `_share` as percent."""
     if name.endswith("_share"):

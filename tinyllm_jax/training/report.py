@@ -49,6 +49,7 @@ def write_report(folder: Path) -> None:
     title = f"{folder.name}: step {max((row['step'] for row in rows), default=0)}"
     body = [
         f"<p>{summarise(rows)}</p>",
+        *measure_section(rows),
         plot_svg(draw_losses(rows)),
         *expert_section(rows),
         "<h2>What it writes</h2>",
@@ -71,6 +72,17 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> str:
     if not looks:
         return "No evaluation yet."
     last = looks[-1]
+    if "reward" in last:
+        best = max(looks, key=lambda row: row["reward"])
+        return (
+            f"Answers to held-out prompts had a mean reward of {last['reward']:.4g} at step "
+            f"{last['step']}. The highest was {best['reward']:.4g}, at step {best['step']}."
+        )
+    if "accuracy" in last:
+        return (
+            f"{float(last['accuracy']):.1%} of the validation pairs were the right way round at step "
+            f"{last['step']}, with a loss of {float(last['loss']):.4f}."
+        )
     text = (
         f"Validation loss {float(last['loss']):.4f} nats per token "
         f"({float(last['bits_per_byte']):.4f} bits per byte) at step {last['step']}."
@@ -85,6 +97,40 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{float(last['above_floor_share']):.1%} above the best that any model can do."
         )
     return text
+
+
+def measure_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Show what a run is after where that is not its loss: rewards, or pairs the right way round."""
+    for name, kind, label in (
+        ("reward", "rollout", "mean reward of an answer"),
+        ("accuracy", "train", "share of pairs the right way round"),
+    ):
+        if any(name in row for row in rows if row["kind"] == "eval"):
+            return [plot_svg(draw_measure(rows, name, train_kind=kind, label=label))]
+    return []
+
+
+def draw_measure(
+    rows: Sequence[Mapping[str, Any]], name: str, *, train_kind: str, label: str
+) -> Figure:
+    """Plot a number of training rows and of evaluations against steps."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for kind, style, color, what in (
+        (train_kind, "-", TRAIN, "in training"),
+        ("eval", "o-", VALIDATION, "held out"),
+    ):
+        found = [(row["step"], row[name]) for row in rows if row["kind"] == kind and name in row]
+        found = [(step, value) for step, value in found if is_number(value)]
+        if found:
+            steps, values = np.array(found).T
+            shown = f"{what}, last {values[-1]:.3g}"
+            axes.plot(steps, values, style, color=color, linewidth=1, markersize=4, label=shown)
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.legend(frameon=False, labelcolor=INK)
+    dress(axes)
+    return figure
 
 
 def expert_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -114,6 +160,7 @@ def draw_losses(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Plot training and validation loss against steps, and the entropy floor where it is known."""
     train = [row for row in rows if row["kind"] == "train" and is_number(row["loss"])]
     looks = [row for row in rows if row["kind"] == "eval" and is_number(row["loss"])]
+    looks = [row for row in looks if "reward" not in row]  # whose loss is the reward turned round
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     if train:
@@ -127,11 +174,12 @@ def draw_losses(rows: Sequence[Mapping[str, Any]]) -> Figure:
         floor = looks[-1]["loss"] / (1 + looks[-1]["above_floor_share"])
         axes.axhline(floor, color=FLOOR, linestyle="--", label=f"entropy floor {floor:.3f}")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token")
-    if train or looks:
+    axes.set_ylabel("loss, nats per token" if "perplexity" in {*chain(*looks)} else "loss")
+    if (train or looks) and all(row["loss"] > 0 for row in [*train, *looks]):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
+    if train or looks:
         axes.legend(frameon=False, labelcolor=INK)
     dress(axes)
     return figure

@@ -12,6 +12,7 @@ its third stage); Shoeybi et al. 2019, arXiv:1909.08053 (tensor); Lepikhin et al
 arXiv:2006.16668 (experts).
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,8 +36,14 @@ SPECS = {
         "fsdp", "tensor"
     ),
     r"(self_attn\.o|mlp\.(shared_experts\.)?down)_proj\.kernel": PartitionSpec("tensor", "fsdp"),
+    # Adapters: the side that is not thin is divided as that of the matrix beside it.
+    r"(self_attn\.[qkv]|mlp\.(gate|up))_proj\.lora_A\.kernel": PartitionSpec("fsdp", None),
+    r"(self_attn\.[qkv]|mlp\.(gate|up))_proj\.lora_B\.kernel": PartitionSpec(None, "tensor"),
+    r"(self_attn\.o|mlp\.down)_proj\.lora_A\.kernel": PartitionSpec("tensor", None),
+    r"(self_attn\.o|mlp\.down)_proj\.lora_B\.kernel": PartitionSpec(None, "fsdp"),
     r"embed_tokens\.weight": PartitionSpec("tensor", "fsdp"),
     r"lm_head\.kernel": PartitionSpec("fsdp", "tensor"),
+    r"score\.kernel": PartitionSpec(),  # as thin as one number
     r"(\w+_layernorm|self_attn\.[qk]_norm|norm)\.weight": PartitionSpec(),
 }
 IN_BLOCK = re.compile(r"layers\.\d+\.")
@@ -104,9 +111,12 @@ def without(spec: PartitionSpec, axis: str) -> PartitionSpec:
 class MeshPlacement(Placement):
     """Divides rows over `ROWS`, and brings weights together along `fsdp` where they are used."""
 
+    whole_rows = False
+
     def __init__(self, mesh: Mesh, *, dtype: jnp.dtype):
         """Take the mesh and the type of activations, in which matrices travel."""
         self._mesh, self._dtype = mesh, dtype
+        self.row_groups = math.prod(mesh.shape[axis] for axis in ROWS)
         if mesh.shape["fsdp"] > 1:
             self.kept = all_but_gathered
 

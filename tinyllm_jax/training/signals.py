@@ -11,6 +11,10 @@ class StopWish:
 
     received: signal.Signals | None = None
 
+    def reached(self) -> bool:
+        """Tell whether the step in hand is to be the last."""
+        return self.received is not None
+
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopWish]:

@@ -5,22 +5,27 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
 
 from tinyllm_jax.config import Config, config_to_table, load_config, read_preset
-from tinyllm_jax.data.files import free_name, write_file
-from tinyllm_jax.data.prepare import PreparedData
+from tinyllm_jax.data.files import free_name, sha256_of_file, write_file
+from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.layers import parameter_dtype
 from tinyllm_jax.model.weights import initial_weights
-from tinyllm_jax.training.checkpoint import Checkpoint, open_checkpoint
+from tinyllm_jax.settings import flatten
+from tinyllm_jax.training.adaptation import for_conversations, model_table, needs_scores
+from tinyllm_jax.training.checkpoint import Checkpoint, open_checkpoint, write_step_folder
+from tinyllm_jax.training.distributed import Hosts
 from tinyllm_jax.training.optim import Moments, has_second_moment, write_moments
 from tinyllm_jax.training.parallel import Parallel
 from tinyllm_jax.training.start_rules import (
     SNAPSHOT,
     changes,
+    check_mode_stays,
     check_model,
     check_moments,
     check_tokenizer_stays,
@@ -31,7 +36,27 @@ from tinyllm_jax.training.start_rules import (
 from tinyllm_jax.training.step import TrainState, new_state
 from tinyllm_jax.training.step_folders import damage, mark_best, step_folders
 
-DEFAULT_PRESET = "tiny"
+# Of each way to learn; all but the first take the model over from a checkpoint.
+DEFAULT_PRESETS = {
+    "pretrain": "tiny",
+    "sft": "sft",
+    "dpo": "dpo",
+    "reward": "reward",
+    "rlhf": "rlhf",
+}
+# Ways to learn in which a model is held to the one that it began as.
+HELD = ("dpo", "rlhf")
+REFERENCE = "reference"
+
+
+@runtime_checkable
+class RunData(Protocol):
+    """What a run folder keeps of the data of a run."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def stats(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -47,6 +72,14 @@ class Start:
     def source(self) -> Checkpoint | None:
         """The checkpoint that the weights come from."""
         return self.resumed or self.initial
+
+    @property
+    def reference(self) -> Checkpoint | None:
+        """The checkpoint that the run began with, which a resumed one keeps in its folder."""
+        if self.resumed is None:
+            return self.initial
+        path = self.resumed.folder.parents[1] / REFERENCE
+        return open_checkpoint(path, on_damaged=_refuse_damaged) if path.is_dir() else None
 
 
 def find_folder(preset: str | None, overrides: Mapping[str, Any]) -> Path:
@@ -77,7 +110,27 @@ def find_folder(preset: str | None, overrides: Mapping[str, Any]) -> Path:
             return path
         preset = preset or path.stem  # from elsewhere, and no place to go on in
     mode = run.get("run.mode", Config().run.mode)
-    return Path("checkpoints") / f"{mode}_{Path(preset or DEFAULT_PRESET).stem}"
+    name = Path(preset or DEFAULT_PRESETS["pretrain"]).stem
+    if preset is None and mode != "pretrain" and run.get("run.init_from"):
+        name = run_name(Path(run["run.init_from"]))
+    return Path("checkpoints") / f"{mode}_{name}"
+
+
+def run_name(path: Path) -> str:
+    """Name the run that a checkpoint is of, without its mode: `tiny` for `pretrain_tiny/best`."""
+    path = path.absolute()
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        path = path.parents[1]
+    elif path.name == "best":
+        path = path.parent
+    mode, _, name = path.stem.partition("_")
+    return name if mode in DEFAULT_PRESETS and name else path.stem
+
+
+def find_mode(preset: str | None, overrides: Mapping[str, Any]) -> str:
+    """Name the way to learn that a command line asks for; settings are not checked yet."""
+    table = read_preset(preset)[1] if preset else {}
+    return str({**table, **overrides}.get("run.mode", Config().run.mode))
 
 
 def find_start(
@@ -108,7 +161,12 @@ def find_start(
         resumed = open_checkpoint(path, on_damaged=say)
         config = settings_of(resumed, overrides, problems)
     else:
-        config = load_config(preset or DEFAULT_PRESET, overrides, problems)
+        mode, below = find_mode(preset, overrides), ("", {})
+        if mode in DEFAULT_PRESETS and mode != "pretrain":
+            initial = begin_conversations(mode, preset, overrides, say=say)
+            below = (str(initial.folder), model_table(initial.config))
+        preset_name = preset or DEFAULT_PRESETS.get(mode, "tiny")
+        config = load_config(preset_name, {"run.mode": mode, **overrides}, problems, below)
     run = config.run
     if resumed is None and run.resume not in ("", "none"):
         resumed = open_checkpoint(Path(run.resume), on_damaged=say)
@@ -116,7 +174,9 @@ def find_start(
         resumed = open_checkpoint(folder, on_damaged=say)
         if preset is None:
             config = settings_of(resumed, overrides, problems)
-    if run.init_from and not resumed:
+    if resumed:
+        initial = None
+    elif run.init_from and initial is None:
         initial = open_checkpoint(Path(run.init_from), on_damaged=say)
     if initial:
         check_model(initial, config, goes_on=False)
@@ -128,8 +188,39 @@ def find_start(
     return Start(config, folder, resumed, initial)
 
 
+def begin_conversations(
+    mode: str,
+    preset: str | None,
+    overrides: Mapping[str, Any],
+    *,
+    say: Callable[[str], None],
+) -> Checkpoint:
+    """Open what a run of any mode but pretraining begins with, made ready for it.
+
+    Raises:
+        InputError: nothing is named.
+    """
+    table = {**(read_preset(preset)[1] if preset else {}), **overrides}
+    resume = table.get("run.resume", "")
+    path = table.get("run.init_from") or (resume if resume != "none" else "")
+    if not path:
+        raise InputError(
+            f"--mode {mode} goes on from a model. Name it with --init-from: a run folder, or anything "
+            "that convert reads."
+        )
+    seed = int(table.get("train.seed", Config().train.seed))
+    algorithm = str(table.get("rlhf.algorithm", Config().rlhf.algorithm))
+    checkpoint = open_checkpoint(Path(path), on_damaged=say)
+    return for_conversations(checkpoint, scores=needs_scores(mode, algorithm), seed=seed)
+
+
+def _refuse_damaged(text: str) -> None:
+    raise InputError(text)
+
+
 def check_resume(checkpoint: Checkpoint, config: Config, folder: Path) -> None:
     """Refuse to go on where something would be lost or forgotten."""
+    check_mode_stays(checkpoint, config)
     check_tokenizer_stays(checkpoint, config)
     second = [name for name in checkpoint.weights if has_second_moment(name, config)]
     check_moments(checkpoint, config, second=second)
@@ -159,7 +250,7 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def open_folder(start: Start, prepared: PreparedData, *, say: Callable[[str], None]) -> None:
+def open_folder(start: Start, prepared: RunData, *, say: Callable[[str], None]) -> None:
     """Make the run folder ready: an older run is set aside, a resumed one goes on."""
     folder, resumed = start.folder, start.resumed
     metrics = b""
@@ -186,6 +277,58 @@ def open_folder(start: Start, prepared: PreparedData, *, say: Callable[[str], No
         write_file(folder / "metrics.jsonl", metrics)
     if best := best_so_far(start):
         mark_best(folder, best["step"])
+
+
+def keep_reference(start: Start) -> None:
+    """Keep the model that the run began with beside it, whatever becomes of the original."""
+    path = start.folder / REFERENCE
+    if start.config.run.mode not in HELD or path.is_dir():
+        return
+    reference = start.reference
+    if reference is None:
+        return
+    write_step_folder(
+        path,
+        weights=reference.weights,
+        moments=Moments(np.int32(0), {}, {}),
+        step=np.int32(reference.step),
+        nonfinite_streak=np.int32(0),
+        config=start.config,
+        tokenizer=reference.tokenizer,
+        dataset_hash=reference.dataset_hash,
+        best=None,
+        remarks={"origin": str(reference.folder)},
+    )
+
+
+def open_together(start: Start, data: RunData, here: Hosts, *, say: Callable[[str], None]) -> None:
+    """Let process 0 make the run folder ready, and make sure that all see the same one.
+
+    Raises:
+        InputError: the folder is not on a file system that all share.
+    """
+    here.first(lambda: open_folder(start, data, say=say))
+    keep_reference(start)  # as every step folder, by all
+    snapshot = start.folder / SNAPSHOT
+    seen = sha256_of_file(snapshot) if snapshot.is_file() else "not there"
+    here.agree(
+        {str(snapshot): seen},
+        advice="Checkpoints are written by all: name a folder with --out that all hosts share.",
+    )
+
+
+def facts_of(start: Start) -> dict[str, Any]:
+    """Say what a run starts from and with: its settings, but how its processes meet."""
+    settings = flatten(config_to_table(start.config))
+    facts = {key: value for key, value in settings.items() if not key.startswith("distributed.")}
+    source = start.source
+    return facts | {
+        "run folder": str(start.folder),
+        "step": start.resumed.step if start.resumed else 0,
+        "checkpoint": sha256_of_file(source.folder / "checksums.json")
+        if source and (source.folder / "checksums.json").is_file()
+        else "",
+    }
 
 
 def best_so_far(start: Start) -> dict[str, Any] | None:

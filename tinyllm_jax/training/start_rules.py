@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from tinyllm_jax.config import Config, config_to_table
-from tinyllm_jax.data.prepare import PreparedData
-from tinyllm_jax.data.tokenizer import check_tokenizer_hash
+from tinyllm_jax.data.tokenizer import Tokenizer, check_tokenizer_hash
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.settings import build, flatten
 
@@ -27,6 +26,8 @@ FREE_MODEL_SETTINGS = {
 # ... and a new run from old weights may stretch their positions, too.
 STRETCHING = "model.rope_"
 NEVER_STRETCHED = "model.rope_theta"
+# Where text is prepared changes no byte of it.
+HOW_PREPARED = ("data.workers", "data.runner", "data.ray_address")
 
 
 @runtime_checkable
@@ -47,6 +48,16 @@ class Saved(Protocol):
     def dataset_hash(self) -> str: ...
 
 
+@runtime_checkable
+class Prepared(Protocol):
+    """What is asked of the data of a run here."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def dataset_hash(self) -> str: ...
+
+
 def settings_of(checkpoint: Saved, overrides: Mapping[str, Any], problems: Sequence[str]) -> Config:
     """Take the settings that a checkpoint was trained with, but where it lay, and put others over.
 
@@ -54,8 +65,10 @@ def settings_of(checkpoint: Saved, overrides: Mapping[str, Any], problems: Seque
         InputError: every problem found, one a line.
     """
     kept = flatten(config_to_table(checkpoint.config))
-    once = ("run.", "tokenizer.retrain")  # said of one command, not of the run
-    kept = {key: value for key, value in kept.items() if not key.startswith(once)}
+    once = ("run.", "distributed.", "tokenizer.retrain")  # said of one command, not of the run
+    kept = {
+        key: value for key, value in kept.items() if key == "run.mode" or not key.startswith(once)
+    }
     return build(Config, [(str(checkpoint.folder), kept), ("", overrides)], problems)
 
 
@@ -63,7 +76,7 @@ def changes(checkpoint: Saved, config: Config) -> dict[str, tuple[Any, Any]]:
     """List the settings that differ as (checkpoint's value, config's value)."""
     before = flatten(config_to_table(checkpoint.config))
     after = flatten(config_to_table(config))
-    ignored = ("run.", "tokenizer.retrain", "tokenizer.path", "data.workers")
+    ignored = ("run.", "distributed.", "tokenizer.retrain", "tokenizer.path", *HOW_PREPARED)
     return {
         key: (before[key], after[key])
         for key in after
@@ -121,6 +134,16 @@ def check_moments(checkpoint: Saved, config: Config, *, second: Iterable[str]) -
         )
 
 
+def check_mode_stays(checkpoint: Saved, config: Config) -> None:
+    """Refuse to go on with a run in another way to learn."""
+    before, now = checkpoint.config.run.mode, config.run.mode
+    if before != now:
+        raise InputError(
+            f"{checkpoint.folder}: a run of --mode {before}, and this one is of {now}. Start a new run "
+            "from its weights with --init-from."
+        )
+
+
 def check_tokenizer_stays(checkpoint: Saved, config: Config) -> None:
     """Refuse to train the tokenizer of a run that goes on again."""
     if config.tokenizer.retrain:
@@ -130,7 +153,7 @@ def check_tokenizer_stays(checkpoint: Saved, config: Config) -> None:
         )
 
 
-def check_data(source: Saved | None, resumed: Saved | None, prepared: PreparedData) -> None:
+def check_data(source: Saved | None, resumed: Saved | None, prepared: Prepared) -> None:
     """Refuse to go on with other data, or with another tokenizer.
 
     Args:

@@ -15,6 +15,9 @@ from tinyllm_jax.model.weights import Weights, merge_weights
 from tinyllm_jax.training.optim import learning_rate_schedule, make_optimizer, read_moments
 
 DeviceBatch = dict[str, Array]
+# Token shards that lie on the device, and how a batch's rows are read from them.
+Corpus = dict[str, Array]
+ReadRows = Callable[[Corpus, DeviceBatch], DeviceBatch]
 # What is minimised and what is told of it ("loss" and more), each summed over a batch's targets, given
 # the model; the key turns dropout on.
 LossSums = Callable[
@@ -22,6 +25,16 @@ LossSums = Callable[
 ]
 # How many targets those sums are over.
 LossWeight = Callable[[DeviceBatch], Float[Array, ""]]
+
+
+class Fixed(NamedTuple):
+    """What a step reads beside its state and batch, and never changes."""
+
+    weights: Weights  # that are not trained; none where the state has all of them
+    corpus: Corpus  # none where batches hold rows
+
+
+NOTHING_FIXED = Fixed({}, {})
 
 
 class TrainState(NamedTuple):
@@ -44,9 +57,16 @@ def new_state(config: Config, weights: Weights) -> TrainState:
 
 
 def make_train_step(
-    config: Config, structure: nnx.GraphDef, loss_sums: LossSums, loss_weight: LossWeight
-) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, dict[str, Array]]]:
+    config: Config,
+    structure: nnx.GraphDef,
+    loss_sums: LossSums,
+    loss_weight: LossWeight,
+    read_rows: ReadRows | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Build the step: gradients over all passes, clip, update, unless a number is not finite.
+
+    It takes (state, batch) and what is fixed: the corpus, where `read_rows` turns what a batch names
+    into rows, and the weights of the model that are not in the state.
 
     With gradient accumulation the batch is cut into passes. Each pass divides its loss sum by the
     targets of the whole batch, so the gradients add up to those of the exact mean over targets,
@@ -58,29 +78,38 @@ def make_train_step(
     passes = config.train.gradient_accumulation_steps
 
     def pass_loss(
-        weights: Weights, batch: DeviceBatch, key: PRNGKeyArray, total: Float[Array, ""]
+        trained: Weights,
+        frozen: Weights,
+        batch: DeviceBatch,
+        key: PRNGKeyArray,
+        total: Float[Array, ""],
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        weights = placement().other_weights(weights)
+        weights = placement().other_weights({**frozen, **trained})
         sums = loss_sums(merge_weights(structure, weights), batch, key)
         return jax.tree.map(lambda x: x / total, sums)
 
-    def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, dict[str, Array]]:
+    def train_step(
+        state: TrainState, batch: DeviceBatch, fixed: Fixed = NOTHING_FIXED
+    ) -> tuple[TrainState, dict[str, Array]]:
+        if read_rows is not None and fixed.corpus:
+            batch = read_rows(fixed.corpus, batch)
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         key = placement().dropout_key(key)
         total = jnp.maximum(placement().total(loss_weight(batch)), 1.0)
         gradient_of = jax.value_and_grad(pass_loss, has_aux=True)
         if passes == 1:
-            (minimised, means), gradients = gradient_of(state.weights, batch, key, total)
+            (minimised, means), gradients = gradient_of(
+                state.weights, fixed.weights, batch, key, total
+            )
         else:
 
             def add_pass(sums: Any, inputs: Any) -> tuple[Any, None]:
-                one_pass = gradient_of(state.weights, inputs[0], inputs[1], total)
+                one_pass = gradient_of(state.weights, fixed.weights, *inputs, total)
                 return jax.tree.map(jnp.add, sums, one_pass), None
 
             pieces = placement().passes(batch, count=passes)
-            zeros = jax.eval_shape(
-                gradient_of, state.weights, jax.tree.map(lambda x: x[0], pieces), key, total
-            )
+            first = jax.tree.map(lambda x: x[0], pieces)
+            zeros = jax.eval_shape(gradient_of, state.weights, fixed.weights, first, key, total)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zeros)
             keys = jax.random.split(key, passes)
             ((minimised, means), gradients), _ = jax.lax.scan(add_pass, zeros, (pieces, keys))
@@ -111,6 +140,22 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def scan_steps(
+    train_step: Callable[..., tuple[TrainState, dict[str, Array]]],
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """Make a program that takes several steps, one after another, without the host.
+
+    Its batches have one more axis in front, and so have the numbers that it tells.
+    """
+
+    def train_steps(
+        state: TrainState, batches: DeviceBatch, fixed: Fixed = NOTHING_FIXED
+    ) -> tuple[TrainState, dict[str, Array]]:
+        return jax.lax.scan(lambda state, batch: train_step(state, batch, fixed), state, batches)
+
+    return train_steps
 
 
 def make_evaluation_step(

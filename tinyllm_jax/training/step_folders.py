@@ -13,6 +13,10 @@ from tinyllm_jax.data.files import free_name, sha256_of_file, write_file
 from tinyllm_jax.errors import InputError
 
 
+# Where a run folder keeps the model that the run began with.
+REFERENCE = "reference"
+
+
 def step_folders(run: Path) -> list[tuple[int, Path]]:
     """List the finished checkpoints of a run, oldest first."""
     folder = run / "checkpoints"

@@ -43,7 +43,7 @@ class StepLog:
         self._folder, self._config, self._train_batch = folder, config, train_batch
         self._metrics, self._progress = metrics, progress
         self._peak_flops = peak_flops(devices=devices)
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._pending: list[tuple[range, dict[str, jax.Array]]] = []
         self.longest_streak = 0  # steps in a row whose loss or gradient was not finite
         self.restart_clock()
 
@@ -51,32 +51,42 @@ class StepLog:
         """Begin a stretch of steps, so that speeds leave compiling and evaluating out."""
         self._start = self._last_write = time.perf_counter()
         # Steps that are done but not yet written were made before this stretch.
-        self._finished_steps, self._waited_seconds = -len(self._pending), 0.0
+        self._finished_steps = -sum(len(steps) for steps, _ in self._pending)
+        self._waited_seconds = 0.0
 
-    def add(self, step: int, numbers: dict[str, jax.Array], *, waited_seconds: float) -> None:
-        """Take the numbers of a step that was handed to the device.
+    def add(self, steps: range, numbers: dict[str, jax.Array], *, waited_seconds: float) -> None:
+        """Take the numbers, stacked, of steps that were handed to the device together.
 
         Args:
-            waited_seconds: How long the step's batch was waited for.
+            waited_seconds: How long the steps' batches were waited for.
         """
-        self._pending.append((step, numbers))
+        self._pending.append((steps, numbers))
         self._waited_seconds += waited_seconds
 
-    def write_due(self, step: int) -> None:
-        """Write finished steps if it is time to; the newest one is left to the device."""
+    def write_due(self, steps: range) -> None:
+        """Write finished steps if it is time to; those just handed over are left to the device."""
         seconds = time.perf_counter() - self._last_write
-        if step % self._config.train.log_interval_steps == 0 or seconds > WRITE_INTERVAL_SECONDS:
+        if jax.process_count() > 1:  # what is known must not depend on a clock, since it can stop
+            seconds = 0.0  # the run, and all processes at the same step
+        interval = self._config.train.log_interval_steps
+        if any(step % interval == 0 for step in steps) or seconds > WRITE_INTERVAL_SECONDS:
             self.write(leave=1)
 
     def write(self, *, leave: int) -> None:
-        """Fetch and write the numbers of all steps but the newest `leave`."""
+        """Fetch and write the numbers of all steps but those of the newest `leave` dispatches."""
         ready = self._pending[: len(self._pending) - leave]
         if not ready:
             return
         self._pending = self._pending[len(ready) :]
-        steps = [step for step, _ in ready]
-        fetched = jax.device_get([numbers for _, numbers in ready])
-        self._finished_steps += len(ready)
+        steps = [step for together, _ in ready for step in together]
+        fetched = [
+            {name: values[place] for name, values in numbers.items()}
+            for (together, _), numbers in zip(
+                ready, jax.device_get([numbers for _, numbers in ready]), strict=True
+            )
+            for place in range(len(together))
+        ]
+        self._finished_steps += len(steps)
         rows: list[dict[str, Any]] = []
         last: dict[str, Any] = {}
         by_layer: dict[str, Any] = {}  # of the newest step; of all steps it would fill the file

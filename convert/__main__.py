@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.conversion import DTYPE_WORDS, FORMATS, Report, convert
+from convert.conversion import DTYPE_WORDS, TARGETS, Report, convert
 from tinyllm_jax.cli import run
 from tinyllm_jax.config import load_config
 from tinyllm_jax.settings import Parser
@@ -41,7 +41,7 @@ def read_command(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("source", metavar="SRC", type=Path, help="a checkpoint of any format")
     parser.add_argument("target", metavar="DST", type=Path, help="a file or folder not yet there")
-    parser.add_argument("--to", choices=FORMATS, help="format of DST (default: by its ending)")
+    parser.add_argument("--to", choices=TARGETS, help="format of DST (default: by its ending)")
     parser.add_argument(
         "--tokenizer",
         metavar="PATH",

@@ -20,7 +20,7 @@ from convert.bundle import (
     size_in_bytes,
 )
 from convert.detect import detect, is_run_folder, newest_or_best, read_tensor_file
-from convert.formats import gguf, huggingface, llama2c, orbax, safetensors, torch_file
+from convert.formats import gguf, huggingface, llama2c, orbax, peft, safetensors, torch_file
 from convert.landing import landing
 from convert.setting_values import check_held
 from convert.tokenizer_files import load_any_tokenizer
@@ -31,6 +31,8 @@ from tinyllm_jax.data.sentencepiece_bpe import SentencePieceTokenizer
 from tinyllm_jax.errors import InputError
 
 FORMATS = ("orbax", "torch", "safetensors", "hf", "llama2c", "gguf")
+# What else may be written, of runs that train adapters.
+TARGETS = (*FORMATS, peft.NAME)
 # Formats that hold the moments and counters of a run.
 WITH_TRAINING = ("orbax", "torch", "safetensors")
 SUFFIXES = {
@@ -95,6 +97,7 @@ def read(
         "llama2c": lambda: llama2c.read(path, with_tokenizer=tokenizer is None),
         "gguf": lambda: gguf.read(path, with_tokenizer=tokenizer is None),
         "tensors": lambda: read_tensor_file(path, settings=settings),
+        "peft": lambda: peft.refuse(path),
     }
     bundle = readers[kind]()
     bundle.layout["read_from"] = str(path)
@@ -124,6 +127,8 @@ def write(
     """
     path = Path(path)
     to = target_format(path, to)
+    if to == peft.NAME:
+        raise InputError("--to peft: a bundle has no adapters. Convert the run itself.")
     check_target(path, overwrite=overwrite)
     check_dtype(to, dtype, llama2c_version)
     target = prepare(bundle, to=to, dtype=dtype)
@@ -153,6 +158,10 @@ def convert(
     to = target_format(target, to)
     check_target(target, overwrite=overwrite)
     check_dtype(to, dtype, llama2c_version)
+    if to == peft.NAME:
+        return convert_adapters(
+            source, target, tokenizer, dtype, verify=verify, overwrite=overwrite, say=say
+        )
     bundle = read(
         source, tokenizer, settings=settings, prefer_best=to not in WITH_TRAINING, say=say
     )
@@ -188,15 +197,47 @@ def convert(
     )
 
 
+def convert_adapters(
+    source: Path,
+    target: Path,
+    tokenizer: Path | str | None,
+    dtype: str | None,
+    *,
+    verify: bool,
+    overwrite: bool,
+    say: Callable[[str], None],
+) -> Report:
+    """Write the adapters of a run for PEFT.
+
+    Raises:
+        InputError: what is wrong, in one line; then the target is as it was.
+    """
+    for flag, value in (("--tokenizer", tokenizer), ("--dtype", dtype)):
+        if value is not None:
+            raise InputError(
+                f"{flag} {value}: says nothing to --to peft, which holds adapters alone."
+            )
+    detect(source)
+    step = newest_or_best(source, prefer_best=True, say=say) if is_run_folder(source) else source
+    step = step.resolve()  # `best` is another name for a step
+    facts = peft.export(step, target, verify=verify, replace=overwrite)
+    return Report(
+        **facts,
+        moments=None,
+        step=int(step.name) if step.name.isdigit() else None,
+        source_bytes=size_in_bytes(step),
+    )
+
+
 def target_format(path: Path, to: str | None) -> str:
     """Name the format to write: what `--to` says, or what the name's ending stands for."""
     if to is None and path.suffix not in SUFFIXES:
         raise InputError(
-            f"{path}: its name does not say which format. Add --to {'|'.join(FORMATS)}."
+            f"{path}: its name does not say which format. Add --to {'|'.join(TARGETS)}."
         )
     to = to or SUFFIXES[path.suffix]
-    if to not in FORMATS:
-        raise InputError(f"--to {to}: no such format. Use one of {', '.join(FORMATS)}.")
+    if to not in TARGETS:
+        raise InputError(f"--to {to}: no such format. Use one of {', '.join(TARGETS)}.")
     return to
 
 

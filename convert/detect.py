@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from convert.bundle import Bundle
-from convert.formats import gguf, huggingface, llama2c, orbax, safetensors, torch_file
+from convert.formats import gguf, huggingface, llama2c, orbax, peft, safetensors, torch_file
 from convert.hugging_face_config import read_config
 from convert.tensor_file import looks_like_safetensors, read_tensors
 from tinyllm_jax.config import ModelConfig
@@ -19,7 +19,7 @@ KNOWN = (
 
 
 def detect(path: Path) -> str:
-    """Name the format of a path: orbax, safetensors, hf, torch, llama2c, gguf, or tensors.
+    """Name the format of a path: orbax, safetensors, hf, torch, llama2c, gguf, peft, or tensors.
 
     "tensors" is a safetensors file of other hands, which holds no settings.
 
@@ -101,7 +101,7 @@ def read_tensor_file(path: Path, *, settings: ModelConfig | None) -> Bundle:
 
 
 def _detect_folder(path: Path) -> str:
-    for module in (orbax, safetensors, huggingface):
+    for module in (orbax, safetensors, huggingface, peft):
         if module.matches(path):
             return module.NAME
     if is_run_folder(path):

@@ -81,6 +81,11 @@ def refuse_what_is_not_here(config: Config) -> None:
             f"run.mode={config.run.mode}: the twin has its losses, and no runs of it. Use python -m "
             "tinyllm_jax.train with the same flags."
         )
+    if config.lora.rank > 0:
+        raise InputError(
+            f"lora.rank={config.lora.rank}: the twin trains no adapters. Use python -m tinyllm_jax.train "
+            "with the same flags."
+        )
     if config.run.dry_run:
         raise InputError(
             "run.dry_run: the twin has no compiler to ask for memory and time. Use python -m "

@@ -1,7 +1,8 @@
 """The run and step folders of tinyllm_jax, by Orbax (`tinyllm_jax.training.checkpoint`)."""
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,26 +42,14 @@ def read(path: Path, *, say: Callable[[str], None]) -> Bundle:
     from tinyllm_jax.training.step_folders import find_checkpoint
 
     folder = find_checkpoint(path, on_damaged=say)
-    try:
+    with _refusing_what_others_wrote(folder):
         checkpoint = read_checkpoint(folder)
-        lora = checkpoint.config.lora
-        if lora.rank > 0:
-            lost = problem_of(lambda: find_adapted(folder))
-            checkpoint = checkpoint if lost else merged(checkpoint)
+    lora = checkpoint.config.lora
+    if lora.rank > 0:
+        find_adapted(folder)
+    with _refusing_what_others_wrote(folder):
+        checkpoint = merged(checkpoint)
         config, weights = checkpoint.config, from_jax(checkpoint.weights)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        OverflowError,
-    ) as error:
-        # Its checksums are right, so somebody else wrote it.
-        reason = str(error) if isinstance(error, InputError) else repr(error)
-        raise InputError(
-            f"{folder}: no checkpoint that this version writes ({shown(reason)}). Give another one."
-        ) from None
     check_tensors(weights, config.model, origin=str(path))
     training = None
     moments: Any = checkpoint.moments
@@ -86,7 +75,32 @@ def read(path: Path, *, say: Callable[[str], None]) -> Bundle:
         transposed=True,
         weights=weights,
     )
-    return Bundle(config.model, weights, checkpoint.tokenizer, training, layout)
+    bundle = Bundle(config.model, weights, checkpoint.tokenizer, training, layout)
+    if lora.rank > 0:
+        bundle.note(
+            f"adapters of rank {lora.rank} were merged into the model that they adapt; their moments "
+            "were left out"
+        )
+    return bundle
+
+
+@contextlib.contextmanager
+def _refusing_what_others_wrote(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong with a checkpoint whose checksums are right into one line."""
+    try:
+        yield
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
+        reason = str(error) if isinstance(error, InputError) else repr(error)
+        raise InputError(
+            f"{folder}: no checkpoint that this version writes ({shown(reason)}). Give another one."
+        ) from None
 
 
 def write(bundle: Bundle, path: Path) -> None:

@@ -14,16 +14,17 @@ import numpy as np
 from tinyllm_jax.config import Config
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.layers import compute_dtype
+from tinyllm_jax.model.lora import describe_adapters, initial_adapters
 from tinyllm_jax.model.weights import (
     describe_size,
     flops_per_token,
     initial_weights,
-    model_structure,
 )
 from tinyllm_jax.objectives.pretrain import count_targets, next_token_loss
+from tinyllm_jax.training.adapters import trained_structure
 from tinyllm_jax.training.devices import peak_flops
 from tinyllm_jax.training.parallel import grid_sizes, make_parallel
-from tinyllm_jax.training.step import make_train_step, new_state, scan_steps
+from tinyllm_jax.training.step import Fixed, TrainState, make_train_step, new_state, scan_steps
 
 # The clock runs for at least two steps, and for more while they fit into this time.
 TIMING_SECONDS = 5.0
@@ -34,7 +35,7 @@ class Compiled(NamedTuple):
     """A dispatch of train steps, ready to run, and the memory that its compiler says it takes, in bytes."""
 
     steps: Any
-    state: int  # weights and moments, which stay
+    state: int  # weights, trained or not, and moments, which stay
     batch: int
     working: int  # gradients, activations and whatever else lives only within a step
 
@@ -63,6 +64,8 @@ def dry_run(config: Config, *, done_steps: int, say: Callable[[str], None]) -> i
     if parallel.description:
         say(f"Divided  {parallel.description}; memory is that of one device")
     say(f"Model    {describe_size(model)}")
+    if config.lora.rank > 0:
+        say(f"Trained  {describe_adapters(model, config.lora)}")
     say(f"Work     {per_token / 1e6:,.1f} MFLOP a token, {tokens:,} tokens a step, "
         f"{steps:,} steps")  # fmt: skip
     start = time.perf_counter()
@@ -89,20 +92,21 @@ def dry_run(config: Config, *, done_steps: int, say: Callable[[str], None]) -> i
 
 def compile_step(config: Config) -> Compiled:
     """Compile the train step of a run without making a weight or a row."""
-    structure, _ = model_structure(config.model)
     step, parallel = (
-        make_train_step(config, structure, next_token_loss, count_targets),
+        make_train_step(config, trained_structure(config), next_token_loss, count_targets),
         make_parallel(config),
     )
-    state, batch = parallel.shapes(
-        *jax.eval_shape(lambda: (first_state(config), made_up_batches(config))),
-        passes=config.train.gradient_accumulation_steps,
+    passes = config.train.gradient_accumulation_steps
+    first, held, rows = jax.eval_shape(
+        lambda: (first_state(config), frozen_state(config), made_up_batches(config))
     )
-    compiled = parallel.compile_train_steps(scan_steps(step)).lower(state, batch).compile()
+    state, batch = parallel.shapes(first, rows, passes=passes)
+    fixed = Fixed(parallel.shapes(held, rows, passes=passes)[0].weights, {})
+    compiled = parallel.compile_train_steps(scan_steps(step)).lower(state, batch, fixed).compile()
     memory: Any = compiled.memory_analysis()
     of_state, of_batch = (
         sum(bytes_of_one_device(shape) for shape in jax.tree.leaves(tree))
-        for tree in (state, batch)
+        for tree in ((state, fixed), batch)
     )
     # The new state takes the place of the old one.
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -116,9 +120,21 @@ def bytes_of_one_device(shape: jax.ShapeDtypeStruct) -> int:
     return math.prod(part) * shape.dtype.itemsize
 
 
-def first_state(config: Config) -> Any:
+def first_state(config: Config) -> TrainState:
     """Make the state that training would start from."""
+    if config.lora.rank > 0:
+        return new_state(
+            config, initial_adapters(config.model, config.lora, seed=config.train.seed)
+        )
     return new_state(config, initial_weights(config.model, seed=config.train.seed))
+
+
+def frozen_state(config: Config) -> TrainState:
+    """Make the weights that would not be trained, in the form of a state."""
+    zero, weights = jnp.zeros((), jnp.int32), {}
+    if config.lora.rank > 0:
+        weights = initial_weights(config.model, seed=config.train.seed)
+    return TrainState(zero, weights, (), zero)
 
 
 def made_up_batches(config: Config) -> dict[str, jax.Array]:
@@ -204,15 +220,16 @@ def time_step(config: Config, compiled: Compiled) -> float:
     """Run some dispatches and give the median time of a step, in seconds."""
     parallel, passes = make_parallel(config), config.train.gradient_accumulation_steps
     state = parallel.make_state(lambda: first_state(config))
+    fixed = Fixed(parallel.make_state(lambda: frozen_state(config)).weights, {})
     made_up = jax.device_get(made_up_batches(config))
     size = config.train.steps_per_dispatch
     batches = [{name: rows[step] for name, rows in made_up.items()} for step in range(size)]
     batch = parallel.place_steps(batches, passes=passes)
-    state, _ = jax.block_until_ready(compiled.steps(state, batch))
+    state, _ = jax.block_until_ready(compiled.steps(state, batch, fixed))
     times: list[float] = []
     while len(times) < 2 or sum(times) < TIMING_SECONDS:
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled.steps(state, batch))
+        state, _ = jax.block_until_ready(compiled.steps(state, batch, fixed))
         times.append(time.perf_counter() - start)
     return float(np.median(times)) / size
 

@@ -17,6 +17,7 @@ from tinyllm_jax.data.batches import prefetch
 from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.weights import Weights
+from tinyllm_jax.training.adapters import make_whole, trained_structure
 from tinyllm_jax.training.checkpoint import save_checkpoint
 from tinyllm_jax.training.distributed import hosts, stop_together
 from tinyllm_jax.training.metrics import MetricsFile
@@ -117,6 +118,7 @@ def fit(
     objective: Objective,
     state: TrainState,
     *,
+    frozen: Weights,
     structure: nnx.GraphDef,
     config: Config,
     parallel: Parallel,
@@ -124,6 +126,7 @@ def fit(
     identity: Identity,
     best: dict[str, Any] | None,
     sample: Callable[[Weights], str],
+    look_first: bool,
 ) -> Outcome:
     """Train from `state` to `train.max_steps`, saving and looking on the way.
 
@@ -132,13 +135,15 @@ def fit(
     Args:
         objective: Batches and loss.
         state: New, or from a checkpoint; its buffers are donated to the first step.
-        structure: Structure of the model whose weights the state holds.
+        frozen: The weights that are not trained, in their places: all but the adapters, or none.
+        structure: Structure of the model.
         config: All settings.
         parallel: The devices, on which the state is.
         folder: The run folder; metrics after the state's step are dropped and come again.
         identity: Goes into every checkpoint.
         best: Lowest validation loss so far, from the checkpoint.
         sample: Writes a continuation with the weights, at each evaluation.
+        look_first: Evaluate before the first step, too, to compare with what the weights came with.
     """
     here, corpus, rollouts = hosts(), objective.corpus, objective.rollouts
     if rollouts and here.count > 1:
@@ -150,7 +155,7 @@ def fit(
         scan_steps(
             make_train_step(
                 config,
-                structure,
+                trained_structure(config),
                 objective.loss_sums,
                 objective.loss_weight,
                 corpus.read_rows if corpus else None,
@@ -161,7 +166,8 @@ def fit(
         make_evaluation_step(structure, objective.loss_sums, objective.loss_weight)
     )
     settings, first_step = config.train, int(state.step)
-    fixed = Fixed({}, parallel.place_corpus(corpus.arrays) if corpus else {})
+    fixed = Fixed(frozen, parallel.place_corpus(corpus.arrays) if corpus else {})
+    whole = make_whole(config, frozen, parallel)
     nonfinite = ""
     shown = Progress if here.is_first else Silent
     with (
@@ -181,12 +187,15 @@ def fit(
             progress=progress,
         )
         looks = _Looks(objective, evaluation_step, parallel, sample, metrics, progress, best)
+        if look_first:
+            looks.look(whole(state.weights), first_step)
+            looks.best = best  # of which there is a checkpoint
         sizes: set[int] = set()  # of dispatches; each size is a program
         for steps in dispatches(config, first_step=first_step):
             asked = time.perf_counter()
             if feed.is_rollout_due(steps):
                 log.write(leave=0)
-                metrics.write([feed.roll_out(steps, state.weights)])
+                metrics.write([feed.roll_out(steps, whole(state.weights))])
             batch = feed.take(steps)
             waited_seconds = time.perf_counter() - asked
             profile.before(compiled=len(steps) in sizes)
@@ -213,7 +222,7 @@ def fit(
                 nonfinite = describe_nonfinite(step, streak=log.longest_streak)
                 is_stop = True
             if is_look or is_save or is_stop:
-                improved = is_look and looks.look(state.weights, step)
+                improved = is_look and looks.look(whole(state.weights), step)
                 if is_save or is_stop or improved:
                     metrics.flush_to_disk()
                     _save(folder, state, config, identity, best=looks.best, is_best=improved)

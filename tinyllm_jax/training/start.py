@@ -1,5 +1,6 @@
 """Where a run lives and what it starts from: nothing, weights, or a checkpoint to go on with."""
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -10,21 +11,30 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 
-from tinyllm_jax.config import Config, config_to_table, load_config, read_preset
+from tinyllm_jax.config import Config, LoraConfig, config_to_table, load_config, read_preset
 from tinyllm_jax.data.files import free_name, sha256_of_file, write_file
 from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.layers import parameter_dtype
-from tinyllm_jax.model.weights import initial_weights
+from tinyllm_jax.model.lora import initial_adapters, is_adapter, trained_names
+from tinyllm_jax.model.weights import Weights, initial_weights
 from tinyllm_jax.settings import flatten
 from tinyllm_jax.training.adaptation import for_conversations, model_table, needs_scores
-from tinyllm_jax.training.checkpoint import Checkpoint, open_checkpoint, write_step_folder
+from tinyllm_jax.training.checkpoint import (
+    NO_MOMENTS,
+    Checkpoint,
+    find_adapted,
+    open_checkpoint,
+    open_to_resume,
+    write_step_folder,
+)
 from tinyllm_jax.training.distributed import Hosts
 from tinyllm_jax.training.optim import Moments, has_second_moment, write_moments
 from tinyllm_jax.training.parallel import Parallel
 from tinyllm_jax.training.start_rules import (
     SNAPSHOT,
     changes,
+    check_adapters_stay,
     check_mode_stays,
     check_model,
     check_moments,
@@ -34,7 +44,7 @@ from tinyllm_jax.training.start_rules import (
     settings_of,
 )
 from tinyllm_jax.training.step import TrainState, new_state
-from tinyllm_jax.training.step_folders import damage, mark_best, step_folders
+from tinyllm_jax.training.step_folders import REFERENCE, damage, mark_best, step_folders
 
 # Of each way to learn; all but the first take the model over from a checkpoint.
 DEFAULT_PRESETS = {
@@ -46,7 +56,6 @@ DEFAULT_PRESETS = {
 }
 # Ways to learn in which a model is held to the one that it began as.
 HELD = ("dpo", "rlhf")
-REFERENCE = "reference"
 
 
 @runtime_checkable
@@ -156,9 +165,8 @@ def find_start(
         InputError: settings break rules, or do not fit the checkpoint.
     """
     resumed = initial = None
-    if preset is None and overrides.get("run.resume", "") not in ("", "none"):
-        path = Path(overrides["run.resume"])
-        resumed = open_checkpoint(path, on_damaged=say)
+    if preset is None and (path := path_to_resume(overrides, folder)):
+        resumed = open_to_resume(path, on_damaged=say)
         config = settings_of(resumed, overrides, problems)
     else:
         mode, below = find_mode(preset, overrides), ("", {})
@@ -169,9 +177,9 @@ def find_start(
         config = load_config(preset_name, {"run.mode": mode, **overrides}, problems, below)
     run = config.run
     if resumed is None and run.resume not in ("", "none"):
-        resumed = open_checkpoint(Path(run.resume), on_damaged=say)
+        resumed = open_to_resume(Path(run.resume), on_damaged=say)
     elif resumed is None and run.auto_resume and run.resume == "" and step_folders(folder):
-        resumed = open_checkpoint(folder, on_damaged=say)
+        resumed = open_to_resume(folder, on_damaged=say)
         if preset is None:
             config = settings_of(resumed, overrides, problems)
     if resumed:
@@ -180,12 +188,26 @@ def find_start(
         initial = open_checkpoint(Path(run.init_from), on_damaged=say)
     if initial:
         check_model(initial, config, goes_on=False)
+    if config.lora.rank > 0 and not (resumed or initial):
+        raise InputError(
+            f"lora.rank={config.lora.rank}: adapters are of a model that is there. Name it with "
+            "--init-from: a run folder, or anything that convert reads."
+        )
     if resumed:
         check_model(resumed, config, goes_on=True)
         check_resume(resumed, config, folder)
         for key, (old, new) in changes(resumed, config).items():
             say(f"note: {key} was {old} and is {new} from step {resumed.step} on.")
     return Start(config, folder, resumed, initial)
+
+
+def path_to_resume(overrides: Mapping[str, Any], folder: Path) -> Path | None:
+    """Name what a command line without a preset goes on with, if anything."""
+    resume = overrides.get("run.resume", "")
+    wants_newest = str(overrides.get("run.auto_resume", False)).lower() == "true"
+    if resume == "" and wants_newest and step_folders(folder):
+        return folder
+    return Path(resume) if resume not in ("", "none") else None
 
 
 def begin_conversations(
@@ -208,7 +230,8 @@ def begin_conversations(
             f"--mode {mode} goes on from a model. Name it with --init-from: a run folder, or anything "
             "that convert reads."
         )
-    seed = int(table.get("train.seed", Config().train.seed))
+    seed = str(table.get("train.seed", ""))
+    seed = int(seed) if seed.isdecimal() else Config().train.seed  # what is none is refused later
     algorithm = str(table.get("rlhf.algorithm", Config().rlhf.algorithm))
     checkpoint = open_checkpoint(Path(path), on_damaged=say)
     return for_conversations(checkpoint, scores=needs_scores(mode, algorithm), seed=seed)
@@ -221,6 +244,14 @@ def _refuse_damaged(text: str) -> None:
 def check_resume(checkpoint: Checkpoint, config: Config, folder: Path) -> None:
     """Refuse to go on where something would be lost or forgotten."""
     check_mode_stays(checkpoint, config)
+    if needs_scores(config.run.mode, config.rlhf.algorithm) and not config.model.score_head:
+        raise InputError(
+            f"{checkpoint.folder}: has no head for scores, which rlhf.algorithm=ppo needs. Start a new "
+            "run from its weights with --init-from."
+        )
+    check_adapters_stay(checkpoint, config)
+    if config.lora.rank > 0:
+        find_adapted(checkpoint.folder)
     check_tokenizer_stays(checkpoint, config)
     second = [name for name in checkpoint.weights if has_second_moment(name, config)]
     check_moments(checkpoint, config, second=second)
@@ -282,7 +313,8 @@ def open_folder(start: Start, prepared: RunData, *, say: Callable[[str], None]) 
 def keep_reference(start: Start) -> None:
     """Keep the model that the run began with beside it, whatever becomes of the original."""
     path = start.folder / REFERENCE
-    if start.config.run.mode not in HELD or path.is_dir():
+    adapts = start.config.lora.rank > 0
+    if (start.config.run.mode not in HELD and not adapts) or path.is_dir():
         return
     reference = start.reference
     if reference is None:
@@ -290,10 +322,10 @@ def keep_reference(start: Start) -> None:
     write_step_folder(
         path,
         weights=reference.weights,
-        moments=Moments(np.int32(0), {}, {}),
+        moments=NO_MOMENTS,
         step=np.int32(reference.step),
         nonfinite_streak=np.int32(0),
-        config=start.config,
+        config=dataclasses.replace(start.config, lora=LoraConfig()),
         tokenizer=reference.tokenizer,
         dataset_hash=reference.dataset_hash,
         best=None,
@@ -339,6 +371,32 @@ def best_so_far(start: Start) -> dict[str, Any] | None:
     return None
 
 
+def frozen_weights(start: Start, parallel: Parallel) -> Weights:
+    """Read the weights that a run with adapters does not train, into their places on the devices."""
+    config = start.config
+    if config.lora.rank == 0:
+        return {}
+    reference = start.reference
+    assert reference is not None, "check_resume asks for it"
+    trained = trained_names(config.model, config.lora)
+    kept = {name: array for name, array in reference.weights.items() if name not in trained}
+    return parallel.place_weights(kept, parameter_dtype(config.model))
+
+
+def first_adapters(start: Start, parallel: Parallel) -> TrainState:
+    """Make the state in which a run begins to train adapters."""
+    config = start.config
+    assert start.initial is not None
+    trained = trained_names(config.model, config.lora)
+    others = {name: start.initial.weights[name] for name in trained if not is_adapter(name)}
+
+    def build(others: Weights) -> TrainState:
+        adapters = initial_adapters(config.model, config.lora, seed=config.train.seed)
+        return new_state(config, {**adapters, **others})
+
+    return parallel.make_state(build, parallel.place_weights(others, parameter_dtype(config.model)))
+
+
 def first_state(start: Start, parallel: Parallel) -> TrainState:
     """Make the state that training begins with, in its places on the devices."""
     config, dtype = start.config, parameter_dtype(start.config.model)
@@ -348,6 +406,8 @@ def first_state(start: Start, parallel: Parallel) -> TrainState:
 
     if start.source is None:
         return parallel.make_state(untrained)
+    if start.resumed is None and config.lora.rank > 0:
+        return first_adapters(start, parallel)
     weights = parallel.place_weights(start.source.weights, dtype)
     state = parallel.make_state(lambda weights: new_state(config, weights), weights)
     if start.resumed is None:

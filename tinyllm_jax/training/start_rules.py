@@ -144,6 +144,20 @@ def check_mode_stays(checkpoint: Saved, config: Config) -> None:
         )
 
 
+def check_adapters_stay(checkpoint: Saved, config: Config) -> None:
+    """Refuse to go on with other adapters than a run has, or with some where it has none."""
+    before, now = checkpoint.config.lora, config.lora
+    for name in ("rank", "alpha", "targets"):
+        old, new = getattr(before, name), getattr(now, name)
+        if old != new:
+            words = " ".join(old) if name == "targets" else f"{old:g}"
+            given = " ".join(new) if name == "targets" else f"{new:g}"
+            raise InputError(
+                f"{checkpoint.folder}: trained with lora.{name}={words}, and this run has {given}. Use "
+                f"--lora.{name} {words}, or start a new run from its weights with --init-from."
+            )
+
+
 def check_tokenizer_stays(checkpoint: Saved, config: Config) -> None:
     """Refuse to train the tokenizer of a run that goes on again."""
     if config.tokenizer.retrain:

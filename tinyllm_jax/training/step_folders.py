@@ -12,7 +12,6 @@ from pathlib import Path
 from tinyllm_jax.data.files import free_name, sha256_of_file, write_file
 from tinyllm_jax.errors import InputError
 
-
 # Where a run folder keeps the model that the run began with.
 REFERENCE = "reference"
 

@@ -59,7 +59,8 @@ def transformers_decoder(shape: ModelConfig, *, rows: int, tokens: int) -> Calla
     names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
     names += " num_key_value_heads max_position_embeddings tie_word_embeddings"
     settings = LlamaConfig(**{name: getattr(shape, name) for name in names.split()})
-    model: Any = LlamaForCausalLM(settings).to(device).eval()
+    model: Any = LlamaForCausalLM(settings)
+    model.to(device).eval()
     model = model.to(torch.bfloat16) if device == "cuda" else model
     prompt = torch.ones((rows, 1), dtype=torch.long, device=device)
 

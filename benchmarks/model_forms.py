@@ -20,6 +20,7 @@ from tinyllm_jax.config import Config, load_config
 from tinyllm_jax.model.attention import reference_attention
 from tinyllm_jax.model.weights import flops_per_token
 from tinyllm_jax.training.dry_run import compile_step, first_state, made_up_batches
+from tinyllm_jax.training.step import NOTHING_FIXED
 
 MODES = [(policy, scan) for scan in (False, True) for policy in ("none", "dots", "full")]
 
@@ -45,7 +46,7 @@ def stepper(config: Config) -> tuple[Callable[[], Any], float, int]:
     batch = made_up_batches(config)
 
     def run() -> None:
-        held["state"], numbers = compiled.steps(held["state"], batch)
+        held["state"], numbers = compiled.steps(held["state"], batch, NOTHING_FIXED)
         jax.block_until_ready(numbers)
 
     return run, seconds, compiled.working

@@ -85,13 +85,11 @@ def torch_step(config: Config, *, compiled: bool) -> Callable[[], Any]:
     device, shape = "cuda" if torch.cuda.is_available() else "cpu", config.model
     names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
     names += " num_key_value_heads max_position_embeddings tie_word_embeddings"
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            **{name: getattr(shape, name) for name in names.split()},
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
-    ).to(device)
+    sizes: dict[str, Any] = {name: getattr(shape, name) for name in names.split()}
+    sizes |= {"attn_implementation": "sdpa", "use_cache": False}
+    shaped: Any = LlamaConfig(**sizes)
+    llama: Any = LlamaForCausalLM(shaped)
+    llama.to(device)
     model: Any = torch.compile(llama) if compiled else llama
     settings, passes = config.optimizer, config.train.gradient_accumulation_steps
     optimizer = torch.optim.AdamW(

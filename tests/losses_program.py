@@ -17,7 +17,7 @@ from tinyllm_jax.objectives.policy import make_policy_loss, make_policy_weight
 from tinyllm_jax.objectives.preference import count_pairs, make_preference_loss
 from tinyllm_jax.objectives.reward import make_reward_loss
 from tinyllm_jax.training.parallel import make_parallel
-from tinyllm_jax.training.step import make_train_step, new_state, scan_steps
+from tinyllm_jax.training.step import NOTHING_FIXED, make_train_step, new_state, scan_steps
 
 MODEL = dataclasses.replace(
     SMALL,
@@ -84,7 +84,7 @@ def main() -> None:
             take = parallel.compile_train_steps(
                 scan_steps(make_train_step(config, structure, loss_sums, loss_weight))
             )
-            state, told = take(state, parallel.place_steps(batches, passes=PASSES))
+            state, told = take(state, parallel.place_steps(batches, passes=PASSES), NOTHING_FIXED)
             weights = {key: np.asarray(w).ravel().tolist() for key, w in state.weights.items()}
             means = {key: np.asarray(value).tolist() for key, value in jax.device_get(told).items()}
             described = parallel.description

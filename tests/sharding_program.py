@@ -27,7 +27,7 @@ from tinyllm_jax.training.metrics import read_metrics
 from tinyllm_jax.training.optim import read_moments
 from tinyllm_jax.training.parallel import make_parallel
 from tinyllm_jax.training.start import Start, first_state
-from tinyllm_jax.training.step import make_train_step, new_state, scan_steps
+from tinyllm_jax.training.step import NOTHING_FIXED, make_train_step, new_state, scan_steps
 
 COMMON = [
     *SMALL_RUN,
@@ -166,7 +166,8 @@ def nonfinite(*flags: str) -> list[Any]:
     before = jax.device_get(parallel.make_state(broken))
     made_up = jax.device_get(made_up_batches(config))
     batch = {name: rows[0] for name, rows in made_up.items()}
-    after, _ = steps(parallel.make_state(broken), parallel.place_steps([batch], passes=1))
+    placed = parallel.place_steps([batch], passes=1)
+    after, _ = steps(parallel.make_state(broken), placed, NOTHING_FIXED)
     same = all(
         np.array_equal(np.asarray(after.weights[name]), before.weights[name], equal_nan=True)
         for name in before.weights
@@ -187,7 +188,7 @@ def collectives(*flags: str) -> dict[str, list[list[int]]]:
     """List the shapes that the compiled step moves between devices, by kind of operation."""
     kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
     found: dict[str, list[list[int]]] = {}
-    for line in compile_step(config_of(*flags)).step.as_text().splitlines():
+    for line in compile_step(config_of(*flags)).steps.as_text().splitlines():
         for kind in kinds:
             made, operation, _ = line.partition(f" {kind}(")
             if operation:

@@ -24,7 +24,8 @@ ONLY_IN_JAX = {
     "model/attention.py": {"suits_cudnn", "goes_row_by_row", "row_by_row", "block_size"},
     # torch's products take any order of axes
     "model/kv_cache.py": {"LayerCache.slots", "LayerCache.by_slot"},
-    "model/layers.py": {"matmul_precision"},  # torch multiplies in float32 unless told
+    # torch multiplies in float32 unless told; its generators are not split
+    "model/layers.py": {"matmul_precision", "keys_of"},
     # torch loops over experts
     "model/moe.py": {
         *("ExpertLinear", "ExpertLinear.forward", "Experts", "Experts.forward", "permute"),
@@ -40,11 +41,12 @@ ONLY_IN_JAX = {
         *("Rollouts", "Rollouts.batch", "Rollouts.evaluate", "DeviceCorpus", "dispatches"),
     },
     "training/optim.py": {"read_moments", "write_moments"},  # its state has that form already
-    "training/step.py": {"scan_steps"},
+    "training/step.py": {"scan_steps", "Fixed"},
 }
 # Rooms that the twin's plain forms need not have, and those of runs beyond pretraining.
 ONLY_IN_JAX_FILES = {
     *("model/grouped_dot.py", "model/placement.py", "objectives/device_rows.py"),
+    "model/lora.py",
     *(
         f"objectives/{name}.py"
         for name in ("conversations", "pairs", "rewards", "rollouts", "policy_objective")

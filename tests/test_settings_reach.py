@@ -19,7 +19,10 @@ import numpy as np
 import pytest
 from conftest import SMALL_RUN
 from jax.experimental.compilation_cache import compilation_cache
+from test_dispatch import DISPATCH_SETTINGS
 from test_hosts import DISTRIBUTED_CHANGES
+from test_lora import LORA_CHANGES
+from test_mode_settings import MODE_SETTINGS
 from test_model import CASES as MODEL_CASES
 from test_optim import OPTIMIZER_CHANGES
 from test_sharding import PARALLEL_CHANGES
@@ -358,8 +361,6 @@ OF_RUN = {
 # A broken line stops only one of the two; a rarer pair can only be missing from the vocabulary.
 SEEN_IN_REFUSALS = {"data.on_bad_record", "tokenizer.min_frequency"}
 OF_PROCESS = {"train.compilation_cache": Case("false", cached_programs)}
-# Settings with one choice, until there is another.
-UNCHANGEABLE = {"run.mode"}
 # Each setting, its other value, and what must be set besides for it to show.
 OF_SAMPLING: dict[str, tuple[Any, Settings]] = {
     "sampling.prompt": ("The dog", {}),
@@ -379,16 +380,21 @@ def test_every_setting_has_a_case() -> None:
     covered = {f"model.{name}" for name in MODEL_CASES}
     covered |= {f"optimizer.{name}" for name in OPTIMIZER_CHANGES}
     covered |= {f"parallel.{name}" for name in PARALLEL_CHANGES}
+    covered |= {f"lora.{name}" for name in LORA_CHANGES}
     covered |= {f"distributed.{name}" for name in DISTRIBUTED_CHANGES}
-    cases = [*OF_TEXT, *OF_RUN, *OF_PROCESS, *OF_SAMPLING, *UNCHANGEABLE]
+    covered |= {*DISPATCH_SETTINGS, *MODE_SETTINGS}
+    cases = [*OF_TEXT, *OF_RUN, *OF_PROCESS, *OF_SAMPLING]
     assert sorted([*covered, *cases]) == sorted(setting_fields(Config))
     assert set(OF_SAMPLING) == set(setting_fields(GenerateConfig))
 
 
-@pytest.mark.parametrize("name", sorted(UNCHANGEABLE))
-def test_a_setting_without_a_case_has_one_choice(name: str) -> None:
-    field, _ = setting_fields(Config)[name]
-    assert field.metadata["choices"] == (field.default,), f"{name} needs a case now"
+def test_packing_that_is_chosen_depends_on_the_mode() -> None:
+    def packing(mode: str, *flags: str) -> str:
+        _, overrides, problems = train.read_command(["--mode", mode, *flags])
+        return load_config("sft", overrides, problems).data.packing
+
+    assert [packing("pretrain"), packing("sft")] == ["stream", "packed"]
+    assert packing("sft", "--data.packing", "padded") == "padded"
 
 
 # Each case ------------------------------------------------------------------------------------------

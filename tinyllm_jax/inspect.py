@@ -49,7 +49,8 @@ def main(words: Sequence[str] | None = None) -> int:
         batch = objective.train_batch(0, None)
     show_batch(batch, task.tokenizer)
     show_parameters(config, weights)
-    show_step(config, objective, new_state(config, weights), batch)
+    trained, frozen = trained_and_frozen(config, weights)
+    show_step(config, objective, new_state(config, trained), frozen, batch)
     heading(f"Continuation of {config.sampling.prompt!r}")
     if not start.source:
         print("(untrained, it knows no words yet; --checkpoint RUN shows a trained model)")
@@ -174,22 +175,40 @@ def show_parameters(config: Config, weights: dict[str, Any]) -> None:
     print(f"{flops / 1e6:,.2f} MFLOP to train on one token")
 
 
+def trained_and_frozen(config: Config, weights: dict[str, Any]) -> tuple[Any, Any]:
+    """Give the weights that a run would train, and those that it would leave as they are."""
+    from tinyllm_jax.model.lora import describe_adapters, initial_adapters, trained_names
+
+    if config.lora.rank == 0:
+        return weights, {}
+    print(f"Trained are {describe_adapters(config.model, config.lora)}")
+    names = trained_names(config.model, config.lora)
+    trained = initial_adapters(config.model, config.lora, seed=config.train.seed)
+    trained |= {name: weights[name] for name in names if name in weights}
+    return trained, {name: weights[name] for name in weights if name not in trained}
+
+
 def show_step(
-    config: Config, objective: "Objective", state: Any, batch: "dict[str, np.ndarray]"
+    config: Config,
+    objective: "Objective",
+    state: Any,
+    frozen: dict[str, Any],
+    batch: "dict[str, np.ndarray]",
 ) -> None:
     """Take one optimizer step and show the norms of gradient and change, weight by weight."""
     import jax
     import numpy as np
 
-    from tinyllm_jax.model.weights import merge_weights, model_structure
-    from tinyllm_jax.training.step import make_train_step
+    from tinyllm_jax.model.weights import merge_weights
+    from tinyllm_jax.training.adapters import trained_structure
+    from tinyllm_jax.training.step import Fixed, make_train_step
 
-    structure, _ = model_structure(config.model)
+    structure = trained_structure(config)
     step = jax.jit(make_train_step(config, structure, objective.loss_sums, objective.loss_weight))
-    after, numbers = step(state, batch)
+    after, numbers = step(state, batch, Fixed(frozen, {}))
 
     def mean_loss(weights: Any, batch: Any) -> Any:
-        model = merge_weights(structure, weights)
+        model = merge_weights(structure, {**frozen, **weights})
         return objective.loss_sums(model, batch, None)[0] / objective.loss_weight(batch)
 
     gradients = jax.jit(jax.grad(mean_loss))(state.weights, batch)
@@ -203,7 +222,7 @@ def show_step(
         size = np.linalg.norm(weight)
         change = np.linalg.norm(np.asarray(after.weights[name]) - np.asarray(weight))
         print(f"{name:<44} {size:>10.4f} {np.linalg.norm(gradients[name]):>10.2e} "
-              f"{change:>10.2e} {change / size:>9.1e}")  # fmt: skip
+              f"{change:>10.2e} {change / size if size else np.inf:>9.1e}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ def open_task(config: Config, start: "Start") -> Task:
         "reward": open_rewards,
         "rlhf": open_reinforcement,
     }
+    if config.run.mode != "pretrain":
+        check_own_tokenizer(config, start)
     return opened[config.run.mode](config, start)
 
 
@@ -224,6 +226,25 @@ def chat_tokenizer(start: "Start") -> "Tokenizer":
     return start.source.tokenizer
 
 
+def check_own_tokenizer(config: Config, start: "Start") -> None:
+    """Refuse to learn conversations with any tokenizer but that of the model.
+
+    Raises:
+        InputError: the settings name another, or ask for a new one.
+    """
+    from tinyllm_jax.data.tokenizer import check_tokenizer_hash, load_tokenizer
+
+    expected = chat_tokenizer(start).hash
+    if config.tokenizer.retrain:
+        raise InputError(
+            f"--retrain-tokenizer: run.mode={config.run.mode} keeps the tokenizer of its model. Leave it "
+            "out."
+        )
+    if config.tokenizer.path:
+        named = load_tokenizer(config.tokenizer.path)
+        check_tokenizer_hash(named, expected=expected, origin=f"run.mode={config.run.mode}")
+
+
 def reference_of(start: "Start") -> dict[str, Any]:
     """Give the weights that a run began with.
 
@@ -231,8 +252,9 @@ def reference_of(start: "Start") -> dict[str, Any]:
         InputError: the run folder has lost them.
     """
     if start.reference is None:
+        assert start.resumed is not None, "a new run is held to what it begins with"
         raise InputError(
-            f"{start.folder}: reference/ is gone, the model that this run is held to. Put it back, or "
+            f"{start.resumed.folder.parents[1]}: reference/ is gone, the model that this run is held to. Put it back, or "
             "start a new run with --init-from."
         )
     return start.reference.weights

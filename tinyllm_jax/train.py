@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tinyllm_jax.cli import run
 from tinyllm_jax.config import Config, preset_names, read_preset
 from tinyllm_jax.errors import InputError
+from tinyllm_jax.host_memory import keep_freed_memory
 from tinyllm_jax.settings import Parser, add_flags, parse_flags
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ def main(words: Sequence[str] | None = None) -> int:
         number for too long, or when a dry run does not fit into the memory.
     """
     preset, overrides, problems = read_command(words)
+    if (
+        words is None
+    ):  # the command itself: before JAX, whose threads would have memory of their own
+        keep_freed_memory()
     from tinyllm_jax.data.files import locked
     from tinyllm_jax.model.weights import model_structure
     from tinyllm_jax.tasks import open_task
@@ -47,6 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
         find_folder,
         find_start,
         first_state,
+        frozen_weights,
         open_together,
     )
     from tinyllm_jax.training.start_rules import check_data
@@ -91,6 +97,7 @@ def main(words: Sequence[str] | None = None) -> int:
         outcome = fit(
             objective,
             first_state(start, parallel),
+            frozen=frozen_weights(start, parallel),
             structure=structure,
             config=config,
             parallel=parallel,
@@ -98,6 +105,7 @@ def main(words: Sequence[str] | None = None) -> int:
             identity=Identity(task.tokenizer, task.dataset_hash),
             best=best_so_far(start),
             sample=sample,
+            look_first=start.initial is not None,
         )
     return say_how_it_ended(start, outcome)
 
@@ -175,6 +183,7 @@ def say_what_starts(start: "Start", task: "Task", parallel: "Parallel") -> None:
 
     from tinyllm_jax.model.attention import choose_implementation
     from tinyllm_jax.model.layers import compute_dtype
+    from tinyllm_jax.model.lora import describe_adapters
     from tinyllm_jax.model.weights import describe_size
 
     config, device = start.config, jax.devices()[0]
@@ -187,6 +196,8 @@ def say_what_starts(start: "Start", task: "Task", parallel: "Parallel") -> None:
     if parallel.description:
         say(f"Divided  {parallel.description}")
     say(f"Model    {describe_size(config.model)}")
+    if config.lora.rank > 0:
+        say(f"Trained  {describe_adapters(config.model, config.lora)}")
     say(f"Data     {task.description}")
     say(
         f"Steps    {config.train.max_steps:,} of {tokens_per_step:,} tokens: "

@@ -301,7 +301,9 @@ def prefetch(
 
         def results() -> Iterator[T]:
             while ahead:
-                ahead.extend(executor.submit(function, each) for each in itertools.islice(waiting, 1))
+                ahead.extend(
+                    executor.submit(function, each) for each in itertools.islice(waiting, 1)
+                )
                 yield ahead.popleft().result()
 
         try:

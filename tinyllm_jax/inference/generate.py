@@ -58,9 +58,7 @@ class Generator:
             all up to that length.
     """
 
-    def __init__(
-        self, config: ModelConfig, *, tokens: int | None = None, longest_prompt: int = 0
-    ):
+    def __init__(self, config: ModelConfig, *, tokens: int | None = None, longest_prompt: int = 0):
         self.config = config
         self._longest_prompt = longest_prompt
         structure, _ = model_structure(config)

@@ -80,7 +80,7 @@ def _blocked_sum(
         return loss + cross_entropy_sum(logits, targets, loss_mask), None
 
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    cut = tuple(_in_blocks(array, blocks) for array in (hidden, targets, loss_mask))
+    cut: Any = tuple(_in_blocks(array, blocks) for array in (hidden, targets, loss_mask))
     return jax.lax.scan(add_block, jnp.zeros((), wide), cut)[0]
 
 
@@ -90,7 +90,7 @@ def _blocked_sum_with_gradients(
     """Make the gradients beside the loss, while a block's logits are there."""
     kernel, width = matrix.astype(hidden.dtype), hidden.shape[-1]
     wide, precision = jnp.promote_types(hidden.dtype, jnp.float32), matmul_precision(hidden.dtype)
-    product = functools.partial(
+    product: Any = functools.partial(
         jax.lax.dot_general, precision=precision, preferred_element_type=wide
     )
 
@@ -109,7 +109,7 @@ def _blocked_sum_with_gradients(
         return sums, states_change.astype(hidden.dtype).reshape(states.shape)
 
     start = (jnp.zeros((), wide), jnp.zeros(matrix.shape, wide))
-    cut = tuple(_in_blocks(array, blocks) for array in (hidden, targets, loss_mask))
+    cut: Any = tuple(_in_blocks(array, blocks) for array in (hidden, targets, loss_mask))
     (loss, matrix_change), changes = jax.lax.scan(add_block, start, cut)
     changes = changes.swapaxes(0, 1).reshape(hidden.shape[0], -1, width)
     return loss, (changes[:, : hidden.shape[1]], matrix_change.astype(matrix.dtype))

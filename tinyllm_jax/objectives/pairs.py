@@ -1,6 +1,7 @@
 """Batches of a chosen and a rejected answer each, and what a reference model makes of them."""
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
@@ -98,6 +99,11 @@ def reference_log_probs(
     if path.is_file():
         with np.load(path) as kept:
             return dict(kept)
+    print(
+        f"Reference log-probabilities of {data.train.pairs + data.validation.pairs:,} pairs are "
+        f"computed once and kept in {path}",
+        file=sys.stderr,
+    )
     structure, _ = model_structure(config.model)
 
     @jax.jit

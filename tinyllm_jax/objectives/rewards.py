@@ -22,6 +22,8 @@ from tinyllm_jax.training.checkpoint import Checkpoint
 
 LARGEST = float(np.finfo(np.float32).max)
 Messages = list[dict[str, str]]
+# The longest answer that `brief` finds brief.
+BRIEF_WORDS = 60
 # (prompt, answer, metadata of the prompt's record) -> reward
 RewardFunction = Callable[[Messages, str, Mapping[str, Any]], float]
 
@@ -65,14 +67,15 @@ def load_reward_function(name: str) -> Reward:
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        named = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # a module may fail in any way while it is imported
         raise InputError(
-            f"rlhf.reward={name}: {type(error).__name__}: {error}. Name a module that Python finds from "
-            "here, and a function in it."
+            f"rlhf.reward={name}: {said_by(error)}. Name a module that Python finds from here, and a "
+            "function in it."
         ) from error
-    if not callable(function):
-        raise InputError(f"rlhf.reward={name}: no function, but {function!r:.80}. Name a function.")
+    if not callable(named):
+        raise InputError(f"rlhf.reward={name}: no function, but {named!r:.80}. Name a function.")
+    function: Any = named
 
     def judge(answers: Answers) -> np.ndarray:
         found = []
@@ -86,14 +89,18 @@ def load_reward_function(name: str) -> Reward:
             try:
                 reward = float(function(messages, text, metadata))
             except Exception as error:
-                said = " ".join(f"{type(error).__name__}: {error}".split())
-                raise InputError(f"{where} it failed: {said}. {advice}") from error
+                raise InputError(f"{where} it failed: {said_by(error)}. {advice}") from error
             if not abs(reward) <= LARGEST:  # nor where it is no number
                 raise InputError(f"{where} it gave {reward}, which is no reward. {advice}")
             found.append(reward)
         return np.array(found, np.float32)
 
     return judge
+
+
+def said_by(error: Exception) -> str:
+    """Write an exception in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def make_reward_model(checkpoint: Checkpoint) -> Reward:
@@ -134,3 +141,10 @@ def words_used(prompt: Messages, answer: str, metadata: Mapping[str, Any]) -> fl
     used = set(re.findall(r"\w+", answer.lower()))
     words = metadata["words"]
     return sum(word.lower() in used for word in words) / len(words)
+
+
+def brief(prompt: Messages, answer: str, metadata: Mapping[str, Any]) -> float:
+    """Reward an answer that ends: with 1 up to 60 words, and with 60 / words beyond."""
+    del prompt
+    words = len(answer.split())
+    return min(1.0, BRIEF_WORDS / max(words, 1)) if metadata["ended"] and words else 0.0

@@ -86,7 +86,7 @@ class Rollouts:
         )
         prompts = self._data.train.read(chosen)
         answers = self.sample(
-            weights, prompts, samples=settings.group_size, seed=self._seed(rollout)
+            weights, prompts, samples=settings.group_size, seed=self._seed(rollout), first=0
         )
         rewards = self._reward(answers)
         made, told = jax.device_get(
@@ -116,19 +116,27 @@ class Rollouts:
         for numbers in self._evaluation_numbers(split, size=size):
             # Other prompts fill the last batch up, so that no other program is compiled.
             prompts = split.read(np.arange(numbers[0], numbers[0] + size) % split.count)
-            answers = self.sample(weights, prompts, samples=1, seed=EVALUATION)
+            answers = self.sample(
+                weights, prompts, samples=1, seed=EVALUATION, first=int(numbers[0])
+            )
             found.append((answers.first(len(numbers)), self._reward(answers)[: len(numbers)]))
         told = summary(
             loss_mask=np.concatenate([answers.loss_mask for answers, _ in found]),
             ended=np.concatenate([answers.ended for answers, _ in found]),
             rewards=np.concatenate([rewards for _, rewards in found]),
         )
-        return {"loss": -told["reward"], **told}, show(*found[0])
+        return {"loss": 0.0 - told["reward"], **told}, show(*found[0])
 
     def sample(
-        self, weights: Weights, prompts: Sequence[Prompt], *, samples: int, seed: int
+        self, weights: Weights, prompts: Sequence[Prompt], *, samples: int, seed: int, first: int
     ) -> Answers:
-        """Answer each prompt `samples` times, as the model has it: at temperature 1."""
+        """Answer each prompt `samples` times, as the model has it: at temperature 1.
+
+        Args:
+            samples: Answers for each prompt.
+            seed: With the number of an answer, all that its noise depends on.
+            first: Number of the first answer; the others are counted on from it.
+        """
         config, template = self._config, self._template
         width = config.data.sequence_length
         rows = len(prompts) * samples
@@ -145,9 +153,9 @@ class Rollouts:
             [prompt.ids.tolist() for prompt in prompts],
             sampling=sampling,
             eos_id=template.end_id,
-            # Noise of its own for each answer of the batch: two prompts that are alike, or the same
-            # one twice where an epoch ends, would get the same answers otherwise.
-            sample_numbers=np.arange(rows),
+            # Noise of its own for each answer: two prompts that are alike, or the same one twice
+            # where an epoch ends, would get the same answers otherwise.
+            sample_numbers=first + np.arange(rows),
         )
         written = [each.token_ids for group in found for each in group]
         whole = np.full((rows, width + 1), template.tokenizer.pad_id, np.int32)

@@ -55,6 +55,9 @@ def made_up_rows(config: Config) -> tuple[np.ndarray, np.ndarray]:
 
 def our_step(config: Config) -> Callable[[], Any]:
     """Compile the train step of this project."""
+    from tinyllm_jax.host_memory import keep_freed_memory
+
+    keep_freed_memory()  # as the command does
     import jax
 
     from tinyllm_jax.model.weights import initial_weights, model_structure

@@ -188,7 +188,7 @@ def test_one_prompt_needs_no_list_and_an_empty_one_begins_a_document(model: Lang
 
 
 def test_the_defaults_are_those_of_the_sampling_config(model: LanguageModel) -> None:
-    expected = model.continue_texts(["Once"], sampling=SamplingConfig())
+    expected = model.continue_texts(["Once"], sampling=SamplingConfig(), chat=False)
     assert model.generate("Once") == [expected[0][0]]
 
 

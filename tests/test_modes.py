@@ -36,6 +36,7 @@ from tinyllm_jax.model.weights import merge_weights, model_structure
 from tinyllm_jax.objectives.pairs import reference_key
 from tinyllm_jax.training.adaptation import for_conversations
 from tinyllm_jax.training.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
+from tinyllm_torch import generate as torch_generate
 
 HELD = ("dpo", "grpo", "ppo")
 
@@ -134,6 +135,20 @@ def test_generate_writes_with_what_a_run_leaves(name: str, capsys: Any) -> None:
     flags = ["--checkpoint", name, "--prompt", "Who is it?", "--max-new-tokens", "4", "--greedy"]
     assert generate.main(flags) == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_both_packages_answer_a_question_with_the_same_words(capsys: Any, trained_run: Path) -> None:
+    flags = ["--checkpoint", "sft", "--prompt", "Who is there?", "--chat", "--greedy"]
+    answers = []
+    for command in (generate, torch_generate):
+        assert command.main([*flags, "--max-new-tokens", "8"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    assert "Who is there?" not in answers[0]
+    assert generate.main([word for word in flags if word != "--chat"]) == 0
+    assert capsys.readouterr().out.startswith("Who is there?")
+    with pytest.raises(InputError, match=r"no control tokens .*--mode sft"):
+        generate.main(["--checkpoint", str(trained_run), "--prompt", "Hello", "--chat"])
 
 
 @pytest.mark.parametrize(

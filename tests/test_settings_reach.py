@@ -31,6 +31,7 @@ from tinyllm_jax import generate, train
 from tinyllm_jax.config import Config, GenerateConfig, TokenizerConfig, load_config
 from tinyllm_jax.data import groups
 from tinyllm_jax.data import prepare as prepare_module
+from tinyllm_jax.data.asking import as_text
 from tinyllm_jax.data.chat_template import CONTROL_TOKENS
 from tinyllm_jax.data.prepare import prepare
 from tinyllm_jax.data.prepare_chat import prepare_conversations
@@ -40,7 +41,6 @@ from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference import generate as jax_generators
 from tinyllm_jax.inference import language_model
 from tinyllm_jax.settings import setting_fields
-from tinyllm_jax.tasks import plain_sample
 from tinyllm_jax.training import dry_run, loop
 from tinyllm_jax.training.checkpoint import open_checkpoint
 from tinyllm_jax.training.metrics import read_metrics
@@ -516,10 +516,11 @@ def sampler(package: str, run: Path) -> Callable[[Settings], str]:
 
     def text(settings: Settings) -> str:
         config = config_of({**RUN, **settings})
-        wanted: Any = checkpoint.tokenizer
-        if package == "jax":
-            wanted = plain_sample(config, wanted)
-        return TRAINERS[package].make_sampler(config, wanted)(weights)
+        tokenizer = checkpoint.tokenizer
+        if package == "torch":
+            return torch_train.make_sampler(config, tokenizer)(weights)
+        asked = as_text(config.sampling.prompt, tokenizer)
+        return train.make_sampler(config, asked, tokens=tokenizer.vocab_size)(weights)
 
     return text
 

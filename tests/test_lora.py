@@ -58,7 +58,13 @@ MODEL = ModelConfig(
     compute_dtype="float32",
 )
 # Each setting, and its other value.
-LORA_CHANGES = {"rank": 3, "alpha": 4.0, "targets": ("q_proj",), "dropout": 0.5}
+LORA_CHANGES = {
+    "rank": 3,
+    "alpha": 4.0,
+    "targets": ("q_proj",),
+    "dropout": 0.5,
+    "embeddings": True,
+}
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 12), dtype=np.int32)
 
 
@@ -258,13 +264,16 @@ def runs(trained_run: Path, tmp_path_factory: Any, prepared_folder: Path) -> Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINYLLM_DATA_DIR", str(prepared_folder))
         patch.chdir(folder)
+        # Adapters need a model that knows turns.
+        whole = {**SHORT, **MODES["sft"], "run.init_from": "base", "run.out": "talks"}
+        assert train.main(flags_of({**whole, "train.max_steps": 1})) == 0
         for name in MODES:
             assert train.main(flags_for(name, name)) == 0
     return folder
 
 
 def flags_for(name: str, out: str, **changed: Any) -> list[str]:
-    settings = {**SHORT, **MODES[name], **LORA, "run.init_from": "base", "run.out": out, **changed}
+    settings = {**SHORT, **MODES[name], **LORA, "run.init_from": "talks", "run.out": out, **changed}
     return flags_of(settings)
 
 
@@ -276,13 +285,13 @@ def beside(
     monkeypatch.setenv("TINYLLM_DATA_DIR", str(prepared_folder))
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path)
-    for name in ("base", *MODES):
+    for name in ("base", "talks", *MODES):
         (tmp_path / name).symlink_to((runs / name).resolve())
     return tmp_path
 
 
 def of_begin(name: str) -> Any:
-    begun = open_checkpoint(Path("base"), on_damaged=pytest.fail)
+    begun = open_checkpoint(Path("talks"), on_damaged=pytest.fail)
     seed = read_checkpoint(Path(name) / "checkpoints/8").config.train.seed
     return for_conversations(begun, scores=name in ("reward", "ppo"), seed=seed)
 
@@ -469,10 +478,10 @@ def test_a_branch_takes_the_model_along(beside: Path) -> None:
 
 @pytest.mark.slow
 def test_inspection_shows_the_step_of_adapters(beside: Path, capsys: Any) -> None:
-    words = flags_of({**SHORT, **MODES["reward"], **LORA, "run.init_from": "base"})
+    words = flags_of({**SHORT, **MODES["reward"], **LORA, "run.init_from": "talks"})
     assert inspect.main(words) == 0
     shown = capsys.readouterr().out
-    assert "in adapters of rank 4 and the score head" in shown
+    assert "in adapters of rank 4, the score head" in shown
     step = shown.split("== One optimizer step")[1]
     assert "layers.1.mlp.down_proj.lora_B.kernel" in step
     assert "embed_tokens" not in step
@@ -654,3 +663,30 @@ def test_several_devices_train_adapters_as_one_does(grid: str, on_devices: Any) 
             np.testing.assert_allclose(actual[kind][name], array, atol=2e-5, err_msg=name)
     # Each device holds its part of an adapter, as it does of the matrix beside it.
     assert {*actual["parts"].values()} == ({0.5} if "fsdp" in grid else {1.0})
+
+
+# New tokens --------------------------------------------------------------------------------------------
+
+
+def test_adapters_alone_are_not_let_loose_on_tokens_that_are_new(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared_folder: Path
+) -> None:
+    """A frozen row that begins as the mean of all has the mean logit, whatever adapters do."""
+    monkeypatch.setenv("TINYLLM_DATA_DIR", str(prepared_folder))
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path)
+    settings = {**SHORT, **MODES["sft"], **LORA, "run.init_from": str(trained_run)}
+    with pytest.raises(InputError, match="knows no turns.*--lora.embeddings true"):
+        train.main(flags_of({**settings, "run.out": "refused"}))
+    assert not Path("refused").exists()
+    settings |= {"lora.embeddings": "true", "run.out": "new"}
+    assert train.main(flags_of(settings)) == 0
+    frozen, merged = (
+        open_checkpoint(Path(name), on_damaged=pytest.fail).weights
+        for name in ("new/reference", "new")
+    )
+    moved = {name for name, weight in merged.items() if (weight != frozen[name]).any()}
+    assert "embed_tokens.weight" in moved
+    assert not {name for name in moved if name.endswith("norm.weight")}
+    with pytest.raises(InputError, match="trained whole.*--to hf"):
+        convert_command(["new", "adapters", "--to", "peft"])

@@ -27,6 +27,7 @@ from test_resume import stop_at
 
 from convert import conversion
 from convert.__main__ import main as convert_command
+from convert.tensor_file import read_tensors
 from tinyllm_jax import generate, train
 from tinyllm_jax.data.chat_template import CONTROL_TOKENS, ChatTemplate
 from tinyllm_jax.data.prepare_chat import prepare_preferences
@@ -137,7 +138,9 @@ def test_generate_writes_with_what_a_run_leaves(name: str, capsys: Any) -> None:
     assert capsys.readouterr().out.strip()
 
 
-def test_both_packages_answer_a_question_with_the_same_words(capsys: Any, trained_run: Path) -> None:
+def test_both_packages_answer_a_question_with_the_same_words(
+    capsys: Any, trained_run: Path
+) -> None:
     flags = ["--checkpoint", "sft", "--prompt", "Who is there?", "--chat", "--greedy"]
     answers = []
     for command in (generate, torch_generate):
@@ -173,6 +176,49 @@ def test_convert_gives_hugging_face_the_model_and_its_chat_template(
     weights = conversion.read(Path(name), prefer_best=True).weights
     for key, array in back.weights.items():
         np.testing.assert_array_equal(array, weights[key], err_msg=key)
+
+
+def test_weights_of_a_policy_stay_a_language_model_on_the_way_through_other_formats(
+    capsys: Any,
+) -> None:
+    policy, reward = (conversion.read(Path(name)) for name in ("ppo", "reward"))
+    for bundle, scores in ((policy, False), (reward, True)):
+        bundle.training = None  # as of merged adapters
+        for middle, to in (("run", "orbax"), ("a.pt", "torch"), ("a.safetensors", "safetensors")):
+            conversion.write(bundle, middle, to=to, overwrite=True)
+            assert convert_command([middle, "hf", "--to", "hf", "--overwrite"]) == 0
+            assert ("value function that PPO" in capsys.readouterr().out) != scores
+            assert conversion.read("hf").model.score_head == scores
+    assert convert_command(["a.safetensors", "reward.pt"]) == 0
+    assert conversion.read("reward.pt").model.score_head
+
+
+def test_a_policy_of_adapters_is_exported_as_a_language_model_without_its_values(
+    capsys: Any,
+) -> None:
+    assert run_mode("ppo", **{"lora.rank": 4, "train.max_steps": 4}) == 0
+    left_out = "the value function that PPO trained beside the model was left out"
+    expected = conversion.read(Path("new"), prefer_best=True).weights
+    assert "score.weight" in expected
+    sources = {"new": expected, "new/reference": conversion.read(Path("new/reference")).weights}
+    formats = (("hf", "hf"), ("a.gguf", "gguf"), ("a.bin", "llama2c"))
+    for source, weights in sources.items():
+        for name, to in formats[: 1 if "reference" in source else 3]:
+            assert convert_command([source, name, "--to", to, "--overwrite"]) == 0
+            assert left_out in capsys.readouterr().out
+            back = conversion.read(Path(name))
+            assert back.weights.keys() == weights.keys() - {"score.weight"}
+            for key, array in back.weights.items():
+                np.testing.assert_array_equal(array, weights[key], err_msg=key)
+        table = json.loads(Path("hf/config.json").read_text())
+        assert table["architectures"] == ["LlamaForCausalLM"]
+    assert convert_command(["new", "adapters", "--to", "peft"]) == 0
+    assert left_out in capsys.readouterr().out
+    table = json.loads(Path("adapters/adapter_config.json").read_text())
+    assert (table["task_type"], table["modules_to_save"]) == ("CAUSAL_LM", None)
+    adapters, _ = read_tensors(Path("adapters/adapter_model.safetensors"))
+    assert len(adapters) == 2 * 2 * 7
+    assert not any("score" in name for name in adapters)
 
 
 # Going on exactly ---------------------------------------------------------------------------------------
@@ -295,6 +341,7 @@ REWARDS = {
     "mode_rewards:CONSTANT": "no function, but 1",
     "fails_to_import:f": "ZeroDivisionError",
     "sft": "no reward model. Train one with --mode reward",
+    "ppo": "a policy that PPO trained, whose scores are the values of positions",
     "chat.jsonl": "chat.jsonl",
     "other_reward": "its tokenizer is another than the policy's",
 }
@@ -481,6 +528,28 @@ def test_a_run_begins_with_a_folder_of_hugging_face(trained_run: Path, tmp_path:
 
 
 # The log-probabilities of the reference ----------------------------------------------------------------
+
+
+def test_a_checkpoint_between_the_steps_of_a_rollout_is_no_place_to_go_on_from(capsys: Any) -> None:
+    flags = ["--rlhf.updates_per_rollout", "3", "--max-steps", "12", "--out", "new"]
+    flags += ["--train.eval_interval_steps", "3", "--checkpoint.interval_steps", "3"]
+    with pytest.raises(InputError, match=r"would fall between .* Use one of \[1, 2, 4, 8\]"):
+        train.main(["--resume", "grpo", *flags])
+    assert not Path("new").exists()
+
+
+def test_damaged_log_probabilities_of_the_reference_are_made_anew(
+    prepared_folder: Path, capsys: Any
+) -> None:
+    kept = {path: path.read_bytes() for path in (prepared_folder / "reference").glob("*.npz")}
+    assert kept
+    for path, content in kept.items():
+        path.write_bytes(content[: len(content) // 2])
+    assert run_mode("dpo") == 0
+    assert "damaged" in capsys.readouterr().err
+    assert any(path.read_bytes() == content for path, content in kept.items())
+    for path, content in kept.items():
+        path.write_bytes(content)
 
 
 def test_kept_log_probabilities_belong_to_all_that_they_depend_on() -> None:

@@ -17,8 +17,9 @@ import pytest
 from conftest import ROOT, SMALL_RUN
 
 from tinyllm_jax import train
-from tinyllm_jax.config import Config, ParallelConfig, load_config, preset_names
+from tinyllm_jax.config import Config, LoraConfig, ParallelConfig, load_config, preset_names
 from tinyllm_jax.errors import InputError
+from tinyllm_jax.model.lora import trained_names
 from tinyllm_jax.model.weights import model_structure
 from tinyllm_jax.training.devices import PEAK_TFLOPS, peak_flops
 from tinyllm_jax.training.parallel import OneDevice, grid_sizes, make_parallel
@@ -76,6 +77,7 @@ def test_no_row_of_the_table_is_without_a_weight():
         changes = {"model.num_experts": experts, "model.num_shared_experts": experts}
         model = load_config("tiny", changes | {"model.tie_word_embeddings": False}).model
         names |= set(model_structure(model)[1])
+    names |= set(trained_names(load_config("tiny").model, LoraConfig(rank=2)))
     specs = [weight_spec(name) for name in names]
     assert all(spec in specs for spec in SPECS.values())
 

@@ -828,6 +828,11 @@ class LoraConfig:
     dropout: float = setting(
         0.0, "share of an adapter's inputs set to zero", minimum=0.0, maximum=0.95
     )
+    embeddings: bool = setting(
+        False,
+        "the embedding, and a head of its own, are trained too, whole; what a model needs whose "
+        "tokenizer gets new tokens",
+    )
 
     def problems(self, model: ModelConfig, optimizer: str) -> list[str]:
         """List the rules between these settings, or with others, that are broken."""
@@ -938,6 +943,11 @@ class Config:
             found.append(
                 f"run.dry_run compiles the step of next tokens, and --mode {self.run.mode} has another. "
                 "Leave it out, or look at --mode sft."
+            )
+        if self.data.runner == "ray" and self.run.mode != "pretrain":
+            found.append(
+                f"data.runner=ray prepares text, and what --mode {self.run.mode} reads is prepared on this "
+                "machine. Use --data.runner local."
             )
         if self.run.mode == "dpo":
             found += self.dpo.problems()

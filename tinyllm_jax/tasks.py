@@ -152,8 +152,14 @@ def open_reinforcement(config: Config, start: "Start") -> Task:
     from tinyllm_jax.data.prepare_prompts import prepare_prompts
     from tinyllm_jax.model.layers import parameter_dtype
     from tinyllm_jax.objectives.policy_objective import make_policy_objective, open_reward
+    from tinyllm_jax.training.distributed import hosts
     from tinyllm_jax.training.metrics import read_metrics
 
+    if hosts().count > 1:
+        raise InputError(
+            f"run.mode=rlhf learns from what it writes in one process, and there are {hosts().count}. "
+            "Leave --distributed.coordinator out."
+        )
     tokenizer = chat_tokenizer(start)
     data = prepare_prompts(config, tokenizer=tokenizer, progress=sys.stderr.isatty())
     template = ChatTemplate(tokenizer)

@@ -90,7 +90,7 @@ def main(words: Sequence[str] | None = None) -> int:
             advice="Give every host the same files, best in one TINYLLM_DATA_DIR that all share.",
         )
         check_data(start.source, start.resumed, task)
-        objective = task.make_objective()
+        objective = here.in_turn(task.make_objective)
         sample = make_sampler(config, task.asked, tokens=task.tokenizer.vocab_size)
         say_what_starts(start, task, parallel)
         open_together(start, task, here, say=say)

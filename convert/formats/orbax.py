@@ -75,7 +75,7 @@ def read(path: Path, *, say: Callable[[str], None]) -> Bundle:
         transposed=True,
         weights=weights,
     )
-    bundle = Bundle(config.model, weights, checkpoint.tokenizer, training, layout)
+    bundle = Bundle(config.model, weights, checkpoint.tokenizer, training, layout, run=config)
     if lora.rank > 0:
         bundle.note(
             f"adapters of rank {lora.rank} were merged into the model that they adapt; their moments "

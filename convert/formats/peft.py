@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 
 from convert.architectures import architecture_of
-from convert.bundle import Arrays, Bundle, dtype_names, from_jax, size_in_bytes, to_jax
+from convert.bundle import (
+    WITHOUT_VALUES,
+    Arrays,
+    Bundle,
+    dtype_names,
+    from_jax,
+    gives_values,
+    size_in_bytes,
+    to_jax,
+    without_values,
+)
 from convert.formats import orbax
 from convert.landing import landing
 from convert.tensor_file import read_tensors, write_tensors
@@ -44,9 +54,12 @@ def refuse(path: Path) -> Bundle:
 def adapters_of(path: Path) -> tuple[Config, Arrays]:
     """Read the adapters of a step folder, and weights that were trained beside them.
 
+    A policy of PPO is a language model without the head that gave values.
+
     Raises:
         InputError: it has none, or transformers has no such model.
     """
+    from tinyllm_jax.model.lora import SCORES
     from tinyllm_jax.training.checkpoint import read_checkpoint
 
     checkpoint = read_checkpoint(path) if orbax.matches(path) else None
@@ -55,8 +68,14 @@ def adapters_of(path: Path) -> tuple[Config, Arrays]:
             f"{path}: holds no adapters to write for PEFT. Give a run that was trained with "
             "--lora.rank, or use --to hf."
         )
-    architecture_of(checkpoint.config.model)
-    return checkpoint.config, checkpoint.weights
+    config, adapters = checkpoint.config, checkpoint.weights
+    if gives_values(config):
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, score_head=False)
+        )
+        adapters = {name: array for name, array in adapters.items() if name != SCORES}
+    architecture_of(config.model)
+    return config, adapters
 
 
 def write(config: Config, adapters: Arrays, path: Path, *, base: str) -> None:
@@ -121,9 +140,14 @@ def export(source: Path, target: Path, *, verify: bool, replace: bool) -> dict[s
     from tinyllm_jax.training.checkpoint import find_adapted
 
     config, adapters = adapters_of(source)
+    if config.lora.embeddings:
+        raise InputError(
+            f"{source}: its embedding was trained whole (lora.embeddings), which is no adapter. Use --to "
+            "hf for the merged model."
+        )
     reference = find_adapted(source)
     base = f"{target}_base"
-    whole, found = orbax.read(source, say=lambda _: None), None
+    whole, found = without_values(orbax.read(source, say=lambda _: None)), None
     facts: dict[str, Any] = {"source": whole.layout | {"read_from": str(source)}, "target": {}}
     with landing(target, folder=True, replace=replace) as place:
         write(config, adapters, place, base=base)
@@ -132,12 +156,14 @@ def export(source: Path, target: Path, *, verify: bool, replace: bool) -> dict[s
             layout = {"format": NAME, "dtype": dtype_names(adapters.values()), "transposed": False}
             facts["target"] = whole.layout | layout
         facts["target_bytes"] = size_in_bytes(place)
-    note = f"the model that they adapt: python -m convert {reference} {base} --to hf"
+    notes = [f"the model that they adapt: python -m convert {reference} {base} --to hf"]
+    if WITHOUT_VALUES in whole.layout["notes"]:
+        notes.append(WITHOUT_VALUES)
     return facts | {
         "tensors": len(adapters),
         "largest_difference": found.largest if found else None,
         "relative_difference": found.relative if found else None,
-        "notes": [note],
+        "notes": notes,
     }
 
 
@@ -147,7 +173,7 @@ def compare_back(
     """Merge what was written into the reference, and compare that with the run's own model."""
     from tinyllm_jax.model.lora import merge_adapters
 
-    base = orbax.read(reference, say=lambda _: None)
+    base = without_values(orbax.read(reference, say=lambda _: None))
     merged = merge_adapters(to_jax(base.weights), read_back(place), lora=config.lora)
     copy = dataclasses.replace(base, weights=from_jax(merged))
     double = any(array.dtype.name == "float64" for array in whole.weights.values())

@@ -210,11 +210,13 @@ def question_of(record: Mapping[str, Any], chat: ChatConfig, place: str) -> Ques
     answer = ""
     if turns and turns[-1].role == ASSISTANT:
         turns, answer = turns[:-1], turns[-1].content
+    elif record.get("answer") is not None:  # a number, too, is an answer to compare with
+        answer = str(record["answer"])
     messages = with_system(turns, record, chat)
     check_turns(messages)
     if messages[-1].role not in (USER, TOOL):
         raise BadRecord("no turn that an answer could come after. Add one")
-    used = {*FIELDS.values(), "prompt", "input", "output", "history", "system", "tools"}
+    used = {*FIELDS.values(), "prompt", "input", "output", "history", "system", "tools", "answer"}
     metadata = {name: value for name, value in record.items() if name not in used}
     return Question(messages, answer, metadata, place)
 

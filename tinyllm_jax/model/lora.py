@@ -24,6 +24,7 @@ from tinyllm_jax.model.weights import Weights, count_parameters, split_weights
 
 A, B = ".lora_A.kernel", ".lora_B.kernel"
 SCORES = "score.kernel"
+VOCABULARY = ("embed_tokens.weight", "lm_head.kernel")
 
 
 class LoraLinear(Linear):
@@ -77,9 +78,13 @@ def is_adapter(name: str) -> bool:
 
 
 def trained_names(config: ModelConfig, lora: LoraConfig) -> list[str]:
-    """List what a run with adapters trains: these, and the head for scores, which begins at zero."""
+    """List what a run with adapters trains: these, and the head for scores, which begins at zero.
+
+    With `lora.embeddings` the rows of tokens, too.
+    """
     _, shapes = adapted_structure(config, lora)
-    return [name for name in shapes if is_adapter(name) or name == SCORES]
+    others = {SCORES, *(VOCABULARY if lora.embeddings else ())}
+    return [name for name in shapes if is_adapter(name) or name in others]
 
 
 def initial_adapters(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Weights:
@@ -127,7 +132,6 @@ def describe_adapters(config: ModelConfig, lora: LoraConfig) -> str:
     names = trained_names(config, lora)
     trained = sum(shapes[name].size for name in names)
     share = trained / count_parameters(config)[0]
-    head = " and the score head" if SCORES in names else ""
-    return (
-        f"{trained:,} parameters ({share:.2%} of the model's) in adapters of rank {lora.rank}{head}"
-    )
+    others = ", the score head" if SCORES in names else ""
+    others += ", the rows of all tokens" if lora.embeddings else ""
+    return f"{trained:,} parameters ({share:.2%} of the model's) in adapters of rank {lora.rank}{others}"

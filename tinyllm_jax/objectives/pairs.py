@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
@@ -97,8 +98,11 @@ def reference_log_probs(
     key = reference_key(config, data, weights)
     path = data_dir() / "reference" / f"{key}.npz"
     if path.is_file():
-        with np.load(path) as kept:
-            return dict(kept)
+        try:
+            with open(path, "rb") as file, np.load(file) as kept:
+                return dict(kept)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            print(f"{path}: damaged ({error}), and made anew", file=sys.stderr)
     print(
         f"Reference log-probabilities of {data.train.pairs + data.validation.pairs:,} pairs are "
         f"computed once and kept in {path}",

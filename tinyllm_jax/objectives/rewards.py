@@ -114,6 +114,11 @@ def make_reward_model(checkpoint: Checkpoint) -> Reward:
             f"{checkpoint.folder}: no reward model. Train one with --mode reward, or name a function "
             "as module:function."
         )
+    if checkpoint.config.run.mode == "rlhf":
+        raise InputError(
+            f"{checkpoint.folder}: a policy that PPO trained, whose scores are the values of positions "
+            "and judge no answer. Name a model of --mode reward, or a function as module:function."
+        )
     structure, _ = model_structure(checkpoint.config.model)
     weights = {name: jax.numpy.asarray(array) for name, array in checkpoint.weights.items()}
 

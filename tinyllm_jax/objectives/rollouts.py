@@ -70,8 +70,9 @@ class Rollouts:
         structure, _ = model_structure(config.model)
         self._judge = jax.jit(_Judge(config, structure))
         self._kl_coef = config.rlhf.kl_coef
-        for row in past:
-            self._adapt(row["answer_kl"])
+        if past and config.rlhf.kl_target > 0:
+            self._kl_coef = float(past[-1]["kl_coef"])
+            self._adapt(past[-1]["answer_kl"])
 
     def batch(self, weights: Weights, number: int) -> tuple[HostBatch, dict[str, Any]]:
         """Make the batch of the steps after `number` steps, and tell of it."""

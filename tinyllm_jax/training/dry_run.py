@@ -14,7 +14,12 @@ import numpy as np
 from tinyllm_jax.config import Config
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.layers import compute_dtype
-from tinyllm_jax.model.lora import describe_adapters, initial_adapters
+from tinyllm_jax.model.lora import (
+    describe_adapters,
+    initial_adapters,
+    is_adapter,
+    trained_names,
+)
 from tinyllm_jax.model.weights import (
     describe_size,
     flops_per_token,
@@ -123,9 +128,11 @@ def bytes_of_one_device(shape: jax.ShapeDtypeStruct) -> int:
 def first_state(config: Config) -> TrainState:
     """Make the state that training would start from."""
     if config.lora.rank > 0:
-        return new_state(
-            config, initial_adapters(config.model, config.lora, seed=config.train.seed)
-        )
+        weights = initial_weights(config.model, seed=config.train.seed)
+        names = trained_names(config.model, config.lora)
+        others = {name: weights[name] for name in names if not is_adapter(name)}
+        adapters = initial_adapters(config.model, config.lora, seed=config.train.seed)
+        return new_state(config, {**adapters, **others})
     return new_state(config, initial_weights(config.model, seed=config.train.seed))
 
 
@@ -133,7 +140,9 @@ def frozen_state(config: Config) -> TrainState:
     """Make the weights that would not be trained, in the form of a state."""
     zero, weights = jnp.zeros((), jnp.int32), {}
     if config.lora.rank > 0:
-        weights = initial_weights(config.model, seed=config.train.seed)
+        names = trained_names(config.model, config.lora)
+        whole = initial_weights(config.model, seed=config.train.seed)
+        weights = {name: weight for name, weight in whole.items() if name not in names}
     return TrainState(zero, weights, (), zero)
 
 

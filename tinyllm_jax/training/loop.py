@@ -15,7 +15,6 @@ from flax import nnx
 from tinyllm_jax.config import Config
 from tinyllm_jax.data.batches import prefetch
 from tinyllm_jax.data.tokenizer import Tokenizer
-from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.weights import Weights
 from tinyllm_jax.training.adapters import make_whole, trained_structure
 from tinyllm_jax.training.checkpoint import save_checkpoint
@@ -146,11 +145,6 @@ def fit(
         look_first: Evaluate before the first step, too, to compare with what the weights came with.
     """
     here, corpus, rollouts = hosts(), objective.corpus, objective.rollouts
-    if rollouts and here.count > 1:
-        raise InputError(
-            f"run.mode={config.run.mode} learns from what it writes in one process, and there are "
-            f"{here.count}. Leave --distributed.coordinator out."
-        )
     train_steps = parallel.compile_train_steps(
         scan_steps(
             make_train_step(

@@ -11,7 +11,14 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 
-from tinyllm_jax.config import Config, LoraConfig, config_to_table, load_config, read_preset
+from tinyllm_jax.config import (
+    Config,
+    LoraConfig,
+    config_to_table,
+    divisors,
+    load_config,
+    read_preset,
+)
 from tinyllm_jax.data.files import free_name, sha256_of_file, write_file
 from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.errors import InputError
@@ -164,14 +171,14 @@ def find_start(
     Raises:
         InputError: settings break rules, or do not fit the checkpoint.
     """
-    resumed = initial = None
+    resumed, initial, is_grown = None, None, False
     if preset is None and (path := path_to_resume(overrides, folder)):
         resumed = open_to_resume(path, on_damaged=say)
         config = settings_of(resumed, overrides, problems)
     else:
         mode, below = find_mode(preset, overrides), ("", {})
         if mode in DEFAULT_PRESETS and mode != "pretrain":
-            initial = begin_conversations(mode, preset, overrides, say=say)
+            initial, is_grown = begin_conversations(mode, preset, overrides, say=say)
             below = (str(initial.folder), model_table(initial.config))
         preset_name = preset or DEFAULT_PRESETS.get(mode, "tiny")
         config = load_config(preset_name, {"run.mode": mode, **overrides}, problems, below)
@@ -188,6 +195,7 @@ def find_start(
         initial = open_checkpoint(Path(run.init_from), on_damaged=say)
     if initial:
         check_model(initial, config, goes_on=False)
+        check_new_tokens(initial, config, is_grown=is_grown)
     if config.lora.rank > 0 and not (resumed or initial):
         raise InputError(
             f"lora.rank={config.lora.rank}: adapters are of a model that is there. Name it with "
@@ -216,8 +224,11 @@ def begin_conversations(
     overrides: Mapping[str, Any],
     *,
     say: Callable[[str], None],
-) -> Checkpoint:
+) -> tuple[Checkpoint, bool]:
     """Open what a run of any mode but pretraining begins with, made ready for it.
+
+    Returns:
+        The checkpoint, and whether its tokenizer has got new tokens.
 
     Raises:
         InputError: nothing is named.
@@ -234,7 +245,18 @@ def begin_conversations(
     seed = int(seed) if seed.isdecimal() else Config().train.seed  # what is none is refused later
     algorithm = str(table.get("rlhf.algorithm", Config().rlhf.algorithm))
     checkpoint = open_checkpoint(Path(path), on_damaged=say)
-    return for_conversations(checkpoint, scores=needs_scores(mode, algorithm), seed=seed)
+    ready = for_conversations(checkpoint, scores=needs_scores(mode, algorithm), seed=seed)
+    return ready, ready.tokenizer_hash != checkpoint.tokenizer_hash
+
+
+def check_new_tokens(initial: Checkpoint, config: Config, *, is_grown: bool) -> None:
+    """Refuse to leave the rows of new tokens as they begin: as likely as any token, for ever."""
+    if is_grown and config.lora.rank > 0 and not config.lora.embeddings:
+        raise InputError(
+            f"{initial.folder}: this model knows no turns, and adapters alone cannot teach it the two "
+            "new tokens that an answer ends with. Add --lora.embeddings true, or fine-tune it once "
+            "without --lora.rank."
+        )
 
 
 def _refuse_damaged(text: str) -> None:
@@ -248,6 +270,13 @@ def check_resume(checkpoint: Checkpoint, config: Config, folder: Path) -> None:
         raise InputError(
             f"{checkpoint.folder}: has no head for scores, which rlhf.algorithm=ppo needs. Start a new "
             "run from its weights with --init-from."
+        )
+    updates = config.rlhf.updates_per_rollout
+    if config.run.mode == "rlhf" and checkpoint.step % updates:
+        raise InputError(
+            f"{checkpoint.folder}: step {checkpoint.step} would fall between the rlhf."
+            f"updates_per_rollout={updates} steps that learn from the same answers. Use one of "
+            f"{divisors(checkpoint.step)}."
         )
     check_adapters_stay(checkpoint, config)
     if config.lora.rank > 0:

@@ -18,6 +18,8 @@ from tinyllm_jax.data import prepare as module
 from tinyllm_jax.data import ray_groups
 from tinyllm_jax.errors import InputError
 
+# Ray starts its processes by forking, of which JAX warns where another test has used it before.
+pytestmark = pytest.mark.filterwarnings(r"ignore:os.fork\(\) was called:RuntimeWarning")
 NO_RAY = importlib.util.find_spec("ray") is None
 needs_ray = pytest.mark.skipif(NO_RAY, reason="the package ray is not installed")
 
@@ -220,7 +222,7 @@ def test_without_a_cluster_one_line_says_how_to_get_one(stories, tmp_path):
 
 
 INTERRUPTED = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from test_prepare import make_config
 from tinyllm_jax.cli import run
@@ -228,6 +230,7 @@ from tinyllm_jax.data import prepare as module
 from tinyllm_jax.data import ray_groups
 from tinyllm_jax.data.prepare import prepare
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts this may ignore it
 module.GROUP_BYTES = 8000
 work, running = ray_groups.run_task, Path(sys.argv[2])
 

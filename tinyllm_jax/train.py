@@ -106,7 +106,7 @@ def main(words: Sequence[str] | None = None) -> int:
             identity=Identity(task.tokenizer, task.dataset_hash),
             best=best_so_far(start),
             sample=sample,
-            look_first=start.initial is not None,
+            look_first=start.initial is not None and config.run.mode != "pretrain",
         )
     return say_how_it_ended(start, outcome)
 

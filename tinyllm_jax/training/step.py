@@ -147,12 +147,18 @@ def scan_steps(
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Make a program that takes several steps, one after another, without the host.
 
-    Its batches have one more axis in front, and so have the numbers that it tells.
+    Its batches have one more axis in front, and so have the numbers that it tells. A step alone is no
+    loop: of one whose only round it inlines, XLA keeps weights that `fsdp` divides gathered from
+    forward to backward.
     """
 
     def train_steps(
         state: TrainState, batches: DeviceBatch, fixed: Fixed = NOTHING_FIXED
     ) -> tuple[TrainState, dict[str, Array]]:
+        if len(next(iter(batches.values()))) == 1:
+            batch = {name: rows[0] for name, rows in batches.items()}
+            state, numbers = train_step(state, batch, fixed)
+            return state, jax.tree.map(lambda number: number[None], numbers)
         return jax.lax.scan(lambda state, batch: train_step(state, batch, fixed), state, batches)
 
     return train_steps

@@ -296,3 +296,11 @@ def test_a_prompt_has_the_answer_that_its_record_names(tmp_path: Path, answer: A
     [question] = read_questions(str(path), **settings)
     assert question.answer == kept
     assert question.metadata == {"level": 1}
+
+
+def test_an_array_with_a_number_too_long_to_read_is_named(tmp_path: Path):
+    path = tmp_path / "long.json"
+    path.write_text('[\n{"prompt": "Hi", "id": ' + "7" * 5000 + "}]")
+    settings = {"data": DataConfig(), "chat": ChatConfig(), "counts": ChatCounts()}
+    with pytest.raises(InputError, match=r"long.json:2: a broken JSON array"):
+        [*read_questions(str(path), **settings)]

@@ -323,7 +323,8 @@ def test_only_adapters_are_trained_and_stored(name: str, beside: Path) -> None:
 @pytest.mark.slow
 def test_a_checkpoint_takes_the_place_of_its_adapters_alone(beside: Path) -> None:
     whole, step = (size_of(Path(name)) for name in ("base/checkpoints/20", "sft/checkpoints/8"))
-    assert step < whole / 3  # of 4,096 numbers and their moments, beside 35,040
+    # Of 4,096 numbers and their moments, beside 35,040; what names and places them has no fixed size.
+    assert step < whole / 2
 
 
 def size_of(folder: Path) -> int:

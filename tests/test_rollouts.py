@@ -427,7 +427,9 @@ def test_the_weight_of_the_divergence_comes_back_from_what_was_told(
     _, again = resumed.batch(weights, 3)
     assert again == told[3]
     # JSON has no infinity, so the file has its name.
-    rollouts_of(config, data, template, reference=reference, past=[{"answer_kl": "inf"}])
+    rollouts_of(
+        config, data, template, reference=reference, past=[{"answer_kl": "inf", "kl_coef": 0.2}]
+    )
 
 
 # Functions that judge -------------------------------------------------------------------------------------

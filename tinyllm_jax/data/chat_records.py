@@ -122,7 +122,7 @@ def array_records(path: str, compression: str) -> Iterator[tuple[int, Any]]:
             raise json.JSONDecodeError(
                 f"{rest[:20]!r} behind the array's end", text, _skip(text, place + 1)
             )
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number, too, may be too long to read
         at = error.lineno if isinstance(error, json.JSONDecodeError) else line
         what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise InputError(

@@ -20,6 +20,8 @@ ALL_PROJECTIONS = (
     *("q_proj", "k_proj", "v_proj", "o_proj"),
     *("gate_proj", "up_proj", "down_proj"),
 )
+# What the numbers of a run can be sent to.
+LOGGERS = ("tensorboard", "wandb", "swanlab", "trackio")
 
 
 @dataclass(frozen=True)
@@ -551,6 +553,85 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class EngineConfig:
+    """How many answers are made at the same time, and in what form the weights are kept."""
+
+    slots: int = setting(
+        16, "answers that are made at the same time", minimum=1, maximum=4096, unit="answers"
+    )
+    queue: int = setting(
+        256, "questions that may wait for a slot; more are turned away", minimum=0, unit="questions"
+    )
+    context: int = setting(
+        0,
+        "room of each slot for question and answer; 0 is model.max_position_embeddings",
+        unit="tokens",
+        minimum=0,
+    )
+    prefill_tokens: int = setting(
+        64, "tokens of a prompt that are read between two dispatches", unit="tokens", minimum=1
+    )
+    tokens_per_dispatch: int = setting(
+        4, "tokens of each answer that one dispatch makes", unit="tokens", minimum=1
+    )
+    weights: str = setting(
+        "auto",
+        "form in which weights are kept; auto is the type that the model computes in",
+        choices=("auto", "float32", "bfloat16", "int8"),
+    )
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Where the server listens, whom it lets in, and how long and how large anything may be."""
+
+    host: str = setting(
+        "127.0.0.1",
+        "address to listen on; the default is reached from this machine only, 0.0.0.0 from everywhere",
+        flag="--host",
+    )
+    port: int = setting(
+        8000, "port to listen on; 0 takes a free one", minimum=0, maximum=65535, flag="--port"
+    )
+    model_name: str = setting(
+        "", "name of the model in requests; empty is the name of the checkpoint's folder"
+    )
+    api_key_file: str = setting(
+        "",
+        "file of keys, one a line, one of which each request must bring; TINYLLM_API_KEY in the "
+        "environment is one, too. Keys are no flags, since everybody on a machine sees those",
+    )
+    allowed_hosts: tuple[str, ...] = setting(
+        (), "names that requests may call this server by, besides localhost, where host is loopback"
+    )
+    max_body_bytes: int = setting(1_048_576, "longest request", unit="bytes", minimum=1)
+    max_choices: int = setting(
+        16, "most answers to one request (prompts x n)", unit="answers", minimum=1
+    )
+    max_connections: int = setting(
+        512, "clients connected at the same time", unit="connections", minimum=1
+    )
+    buffer_pieces: int = setting(
+        4096,
+        "pieces kept for a client that does not read them; with more it is let go",
+        unit="pieces",
+        minimum=16,
+    )
+    request_seconds: float = setting(
+        30.0, "time in which a request must have come", unit="seconds", above=0.0
+    )
+    answer_seconds: float = setting(
+        600.0, "time from a request to the end of its answer", unit="seconds", above=0.0
+    )
+    stall_seconds: float = setting(
+        20.0, "a client that takes nothing for so long is let go", unit="seconds", above=0.0
+    )
+    drain_seconds: float = setting(
+        30.0, "time that answers in work have after SIGTERM", unit="seconds", minimum=0.0
+    )
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """How one run is divided among several devices; numbers are those of one device, but rounding.
 
@@ -867,6 +948,95 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class MonitorConfig:
+    """What is watched while a run trains, and what it does by itself when its loss jumps.
+
+    docs/monitoring.md says more.
+    """
+
+    interval_steps: int = setting(
+        0,
+        "steps between looks at each layer: norms of gradient, weights and update, size of activations, "
+        "largest attention logit; a look costs about as much as a step; 0 is never",
+        unit="steps",
+        minimum=0,
+    )
+    spike_z: float = setting(
+        8.0,
+        "a loss so many robust standard deviations above the median of the steps before is a spike; "
+        "0 looks for none",
+        minimum=0.0,
+    )
+    spike_window: int = setting(
+        100,
+        "steps before it that a loss is compared with; until there are half as many, none is",
+        unit="steps",
+        minimum=10,
+    )
+    rewinds: int = setting(
+        0,
+        "times that a run goes back to an earlier checkpoint by itself, after a spike or where losses "
+        "are no numbers, and leaves those batches out; then it stops; 0 is never",
+        unit="times",
+        minimum=0,
+    )
+    rewind_batches: int = setting(
+        10,
+        "batches that a rewind leaves out: the one of the spike, and those before it",
+        unit="batches",
+        minimum=1,
+    )
+    skip_batches: tuple[str, ...] = setting(
+        (),
+        "batches that are not trained on, counted from 0: numbers, or spans such as 410-419; rewinds "
+        "add theirs",
+    )
+
+    def problems(self, mode: str) -> list[str]:
+        """List the rules between these settings, or with the mode, that are broken."""
+        found = [
+            f"monitor.skip_batches={span} is no number or span of batches. Use such as 419 or 410-419."
+            for span in self.skip_batches
+            if not is_span(span)
+        ]
+        if self.rewinds > 0 and mode == "rlhf":
+            found.append(
+                f"monitor.rewinds={self.rewinds}: a rewind leaves batches out, and --mode rlhf makes "
+                "each of what the model has just written. Use --monitor.rewinds 0."
+            )
+        if self.skip_batches and mode == "rlhf":
+            found.append(
+                f"monitor.skip_batches={' '.join(self.skip_batches)}: --mode rlhf has no batches to "
+                "leave out. Leave it out."
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Where the numbers of a run go besides its metrics.jsonl; docs/monitoring.md says more."""
+
+    to: tuple[str, ...] = setting(
+        (), f"loggers, each an extra to install: some of {' '.join(LOGGERS)}"
+    )
+    project: str = setting("tinyllm", "wandb, swanlab, trackio: project that the run belongs to")
+    name: str = setting("", "name of the run there; empty is that of the run folder")
+    offline: bool = setting(
+        False, "wandb, swanlab: send nothing, and keep what `wandb sync` or `swanlab sync` sends later"
+    )
+
+    def problems(self) -> list[str]:
+        """List the rules between these settings that are broken."""
+        unknown = [name for name in self.to if name not in LOGGERS]
+        if unknown or len(set(self.to)) < len(self.to):
+            return [
+                f"logging.to={' '.join(self.to)} is no list of loggers. Use some of "
+                f"{' '.join(LOGGERS)}, each once."
+            ]
+        return []
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Where the run lives and what it starts from."""
 
@@ -926,6 +1096,8 @@ class Config:
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
     def __post_init__(self):
@@ -955,6 +1127,7 @@ class Config:
             found += self.rlhf.problems() + self.rollout_problems()
         optimizer = self.optimizer
         found += self.lora.problems(self.model, optimizer.name)
+        found += self.monitor.problems(self.run.mode) + self.logging.problems()
         if self.data.sequence_length > self.model.max_position_embeddings:
             found.append(
                 f"data.sequence_length={self.data.sequence_length} is longer than "
@@ -1062,6 +1235,209 @@ class GenerateConfig:
     def problems(self) -> list[str]:
         """List every rule between settings that is broken: there are none."""
         return []
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Settings of `serve`."""
+
+    server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+
+    def problems(self) -> list[str]:
+        """List every rule between settings that is broken."""
+        found = [
+            f"sampling.{name} says nothing to a server: {why}. Leave it out."
+            for name, why in (
+                ("prompt", "each request brings its own"),
+                ("slide", "an answer ends where the context is full"),
+            )
+            if getattr(self.sampling, name) != getattr(SamplingConfig, name)
+        ]
+        if self.sampling.num_samples > self.server.max_choices:
+            found.append(
+                f"sampling.num_samples={self.sampling.num_samples} is more than server.max_choices="
+                f"{self.server.max_choices}. Use {self.server.max_choices} or less, or raise the other."
+            )
+        return found
+
+
+def same_setting(section: type, name: str, **changed: Any) -> Any:
+    """Declare a setting of another section once more, with another default or help."""
+    field = section.__dataclass_fields__[name]
+    default = changed.pop("default", field.default)
+    return dataclasses.field(default=default, metadata={**field.metadata, **changed})
+
+
+@dataclass(frozen=True)
+class TerminalConfig:
+    """A talk in a terminal."""
+
+    system: str = setting(
+        "", "system prompt of the conversation; empty is none", flag="--system"
+    )
+    history: str = setting(
+        "",
+        "file that keeps what was typed, for the next time; empty keeps it until the end alone",
+        flag="--history",
+    )
+    weights: str = same_setting(EngineConfig, "weights")
+
+
+@dataclass(frozen=True)
+class TalkSamplingConfig:
+    """What of `SamplingConfig` can be set in a talk."""
+
+    max_new_tokens: int = same_setting(SamplingConfig, "max_new_tokens", help="longest answer")
+    temperature: float = same_setting(SamplingConfig, "temperature")
+    top_k: int = same_setting(SamplingConfig, "top_k")
+    top_p: float = same_setting(SamplingConfig, "top_p")
+    repetition_penalty: float = same_setting(SamplingConfig, "repetition_penalty")
+    greedy: bool = same_setting(SamplingConfig, "greedy")
+    seed: int = same_setting(SamplingConfig, "seed")
+
+
+@dataclass(frozen=True)
+class TalkConfig:
+    """Settings of `chat`."""
+
+    terminal: TerminalConfig = dataclasses.field(default_factory=TerminalConfig)
+    sampling: TalkSamplingConfig = dataclasses.field(default_factory=TalkSamplingConfig)
+
+    def problems(self) -> list[str]:
+        """List every rule between settings that is broken: there are none."""
+        return []
+
+    @property
+    def for_service(self) -> SamplingConfig:
+        """Give the settings of sampling in the form that a model takes."""
+        return SamplingConfig(**vars(self.sampling))
+
+
+@dataclass(frozen=True)
+class EvaluationDataConfig:
+    """Which text is looked at; a part of `DataConfig`, since nothing is split or stored."""
+
+    paths: tuple[str, ...] = setting(
+        (),
+        "what to score: toy (built-in stories), tinystories (downloaded), or files, folders and globs "
+        "of parquet, JSONL or text, each also .gz or .zst",
+        flag="--data",
+    )
+    text_field: str = same_setting(DataConfig, "text_field")
+    document_separator: str = same_setting(DataConfig, "document_separator")
+    min_document_characters: int = same_setting(DataConfig, "min_document_characters", default=1)
+    on_bad_record: str = same_setting(DataConfig, "on_bad_record")
+    toy_documents: int = same_setting(DataConfig, "toy_documents", default=300, minimum=1)
+    toy_seed: int = same_setting(
+        DataConfig,
+        "toy_seed",
+        default=1,
+        help="toy: seed of the stories; that of training is 0, unless it was set",
+    )
+    download_source: str = same_setting(DataConfig, "download_source")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured, and how texts become windows."""
+
+    kind: str = setting(
+        "auto",
+        "what the files hold: documents (corpus), conversations, questions with answers to choose "
+        "from (choices), good and bad sentences (pairs), or what the first record shows (auto)",
+        choices=("auto", "corpus", "conversations", "choices", "pairs"),
+    )
+    prompt: str = setting(
+        "",
+        "choices: what stands before each answer, with {question} for the question and \\n for a new "
+        "line; empty is what is usual for the fields of the record",
+    )
+    chat: bool = setting(
+        False,
+        "choices and stories: ask as a user, and score or write what the assistant says; for models "
+        "of --mode sft and on",
+        flag="--chat",
+    )
+    max_documents: int = setting(
+        0,
+        "documents, questions or pairs taken of each corpus or file, from its beginning; 0 is all",
+        minimum=0,
+        flag="--max-documents",
+    )
+    stories: int = setting(
+        0, "stories to let the model write and measure", minimum=0, flag="--stories"
+    )
+    context: int = setting(
+        0, "tokens that are read at once; 0 is the model's whole context", unit="tokens", minimum=0
+    )
+    overlap: int = setting(
+        -1,
+        "tokens that a later window of a long document reads again; -1 is half the context",
+        unit="tokens",
+        minimum=-1,
+    )
+    compute_dtype: str = setting(
+        "float32",
+        "arithmetic: float32, whatever the model was trained in, or what its settings say (model)",
+        choices=("float32", "model"),
+    )
+    batch_size: int = setting(8, "rows of a context that are read together", minimum=1)
+    out: str = setting("", "file for every number, as JSON", flag="--out")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of `evaluate`."""
+
+    evaluate: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    data: EvaluationDataConfig = dataclasses.field(default_factory=EvaluationDataConfig)
+    chat: ChatConfig = dataclasses.field(default_factory=ChatConfig)
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+
+    def problems(self) -> list[str]:
+        """List every rule between settings that is broken."""
+        found, evaluate = [], self.evaluate
+        if not self.data.paths and not evaluate.stories:
+            found.append(
+                "--data is missing. Name files or folders to score (--data toy is the built-in "
+                "stories), or let the model write with --stories 20."
+            )
+        if evaluate.prompt and "{question}" not in evaluate.prompt:
+            found.append(
+                f"evaluate.prompt={evaluate.prompt!r} has no {{question}}. Use, for example, "
+                "--evaluate.prompt 'Question: {question}\\nAnswer:'."
+            )
+        if evaluate.prompt and evaluate.chat:
+            found.append(
+                "evaluate.prompt does nothing with --chat, where the question is the user's turn. "
+                "Leave one of them out."
+            )
+        if self.sampling.num_samples != 1:
+            found.append(
+                f"sampling.num_samples={self.sampling.num_samples} does nothing here. Use --stories "
+                f"{self.sampling.num_samples}."
+            )
+        if 0 < evaluate.context <= evaluate.overlap:
+            found.append(
+                f"evaluate.overlap={evaluate.overlap} leaves nothing to predict with "
+                f"evaluate.context={evaluate.context}. Use {evaluate.context - 1} or less."
+            )
+        return found
+
+    @property
+    def documents(self) -> DataConfig:
+        """Give the settings of reading text, in the form that `data` reads them in."""
+        return DataConfig(**vars(self.data))
+
+
+def is_span(text: str) -> bool:
+    """Tell a number from 0, or a span of two such as 410-419, from any other text."""
+    first, dash, last = text.partition("-")
+    if not (first.isdecimal() and first.isascii()):
+        return False
+    return not dash or (last.isdecimal() and last.isascii() and int(first) <= int(last))
 
 
 def divisors(number: int) -> list[int]:

@@ -70,7 +70,7 @@ class ChatTemplate:
         self.begin_id: int = begin
         self.end_id: int = end
         self._first = [] if tokenizer.bos_id == begin else [tokenizer.bos_id]
-        self._newline, self._header = tokenizer.encode_batch(["\n", HEADER])
+        self._newline, self.header = tokenizer.encode_batch(["\n", HEADER])
 
     @property
     def jinja(self) -> str:
@@ -103,7 +103,7 @@ class ChatTemplate:
     def encode_prompt(self, messages: Sequence[Message]) -> Int32[np.ndarray, " tokens"]:
         """Turn what stands before an answer into ids, the head of the answer included."""
         ids, _ = self.encode(messages)
-        return np.concatenate([ids, np.array([self.begin_id, *self._header], np.int32)])
+        return np.concatenate([ids, np.array([self.begin_id, *self.header], np.int32)])
 
     def encode_many(self, conversations: Sequence[tuple[Sequence[Message], int]]) -> list[Encoded]:
         """Turn conversations into ids in one library call.
@@ -121,14 +121,14 @@ class ChatTemplate:
     def _encode_turns(self, turns: Sequence[Message]) -> list[tuple[list[int], list[int]]]:
         """Encode what stands between the control tokens of each turn, as (head, answer)."""
         whole = self.tokenizer.encode_batch([f"{turn.role}\n{turn.content}" for turn in turns])
-        size, found = len(self._header), []
+        size, found = len(self.header), []
         for turn, ids in zip(turns, whole, strict=True):
             if turn.role != ASSISTANT:
                 found.append((ids, []))
-            elif ids[:size] == self._header:
-                found.append((self._header, ids[size:]))
+            elif ids[:size] == self.header:
+                found.append((self.header, ids[size:]))
             else:
-                found.append((self._header, self.tokenizer.encode(turn.content)))
+                found.append((self.header, self.tokenizer.encode(turn.content)))
         return found
 
     def _join(
@@ -156,5 +156,5 @@ class ChatTemplate:
                 break
             kept.append(id)
         # Behind its head, since the first word of a text by itself would lose a space before it.
-        head = self.tokenizer.decode(self._header)
-        return self.tokenizer.decode([*self._header, *kept]).removeprefix(head)
+        head = self.tokenizer.decode(self.header)
+        return self.tokenizer.decode([*self.header, *kept]).removeprefix(head)

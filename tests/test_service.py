@@ -1,0 +1,231 @@
+"""The service answers many askers at once and loses none of them, whatever they do."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from llama_oracle import SMALL, changed, random_weights
+
+from tinyllm_jax.config import EngineConfig, SamplingConfig, TokenizerConfig
+from tinyllm_jax.data.asking import as_text
+from tinyllm_jax.data.chat_template import CONTROL_TOKENS
+from tinyllm_jax.data.tokenizer import extend_tokenizer, train_tokenizer
+from tinyllm_jax.data.toy_stories import generate_stories
+from tinyllm_jax.errors import InputError
+from tinyllm_jax.inference.language_model import LanguageModel
+from tinyllm_jax.inference.service import DrainingError, Piece, QueueFullError, Service, Ticket
+
+STORIES = [*generate_stories(seed=3, start=0, stop=60)]
+LONG = SamplingConfig(temperature=1.0, max_new_tokens=90)
+WAIT_SECONDS = 60.0
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    tokenizer = train_tokenizer(STORIES, config=TokenizerConfig(kind="bytelevel"), vocab_size=300)
+    config = changed(SMALL, max_position_embeddings=100, vocab_size=300)
+    return LanguageModel(config, random_weights(config, std=0.5), tokenizer)
+
+
+def start(model: LanguageModel, **fields: Any) -> Service:
+    service = Service(model, EngineConfig(**{"slots": 2, "queue": 3, **fields}))
+    service.start()
+    return service
+
+
+@pytest.fixture(scope="module")
+def service(model: LanguageModel) -> Iterator[Service]:
+    service = start(model)
+    yield service
+    service.stop()
+
+
+class Asker:
+    """Somebody who waits for an answer."""
+
+    def __init__(self, service: Service, prompt: str = "One day", **fields: Any):
+        self.pieces: list[Piece] = []
+        self.done = threading.Event()
+        self.begun = threading.Event()
+        settings: dict[str, Any] = {
+            "sampling": LONG,
+            "sample_number": 0,
+            "stop": [],
+            "alternatives": None,
+            **fields,
+        }
+        self.ticket: Ticket = service.ask(
+            as_text(prompt, service.tokenizer), on_piece=self.take, **settings
+        )
+
+    def take(self, piece: Piece) -> None:
+        self.pieces.append(piece)
+        self.begun.set()
+        if piece.ended:
+            self.done.set()
+
+    def wait(self) -> str:
+        assert self.done.wait(WAIT_SECONDS)
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def ended(self) -> str:
+        return self.pieces[-1].ended
+
+
+def test_answers_are_those_of_generate(service: Service, model: LanguageModel) -> None:
+    askers = [Asker(service, prompt) for prompt in ("One day", "", "Tim", "The dog and")]
+    for asker, prompt in zip(askers, ("One day", "", "Tim", "The dog and"), strict=True):
+        [expected] = model.generate(prompt, max_new_tokens=90, temperature=1.0)
+        assert prompt + asker.wait() == expected
+
+
+def test_what_is_counted_adds_up(service: Service) -> None:
+    before = service.stats()
+    askers = [Asker(service, sample_number=number) for number in range(4)]
+    for asker in askers:
+        asker.wait()
+    after = service.stats()
+    made = sum(piece.new_tokens for asker in askers for piece in asker.pieces)
+    assert after.new_tokens_total - before.new_tokens_total == made
+    assert after.requests_total - before.requests_total == 4
+    prompts = sum(asker.ticket.prompt_tokens for asker in askers)
+    assert after.prompt_tokens_total - before.prompt_tokens_total == prompts
+    assert (after.slots, after.busy_slots, after.waiting) == (2, 0, 0)
+
+
+def test_a_stop_string_ends_the_answer_and_frees_the_slot(service: Service) -> None:
+    whole = Asker(service).wait()
+    stop = whole[len(whole) // 2 :][:3]
+    asker = Asker(service, stop=[stop, "never"], alternatives=0)
+    assert asker.wait() == whole[: whole.index(stop)]
+    assert asker.ended == "stop"
+    # What is told of tokens ends with the one that completed the stop string.
+    tokens = [told.token for piece in asker.pieces for told in piece.tokens]
+    assert len(tokens) == sum(piece.new_tokens for piece in asker.pieces)
+    assert stop in b"".join(token.bytes for token in tokens).decode(errors="replace")
+    Asker(service).wait()
+    assert service.stats().busy_slots == 0
+
+
+def test_tokens_are_told_with_text_and_alternatives(service: Service) -> None:
+    asker = Asker(service, alternatives=3)
+    text = asker.wait()
+    told = [token for piece in asker.pieces for token in piece.tokens]
+    assert b"".join(each.token.bytes for each in told).decode(errors="replace") == text
+    assert all(len(each.alternatives) == 3 for each in told)
+    for each in told:
+        log_probs = [alternative.log_prob for alternative in each.alternatives]
+        assert log_probs == sorted(log_probs, reverse=True)
+        assert each.token.log_prob <= log_probs[0] + 1e-6 <= 1e-6
+    assert not any(piece.tokens for piece in _pieces(service))
+
+
+def _pieces(service: Service) -> list[Piece]:
+    asker = Asker(service)
+    asker.wait()
+    return asker.pieces
+
+
+def test_more_than_may_wait_are_turned_away(service: Service) -> None:
+    askers, refused, message = [], 0, ""
+    for number in range(9):
+        try:
+            askers.append(Asker(service, sample_number=number))
+        except QueueFullError as error:
+            refused += 1
+            message = str(error)
+    assert refused >= 1
+    assert "Ask again later" in message
+    assert len(askers) >= 5
+    for asker in askers:
+        asker.wait()
+    assert Asker(service).wait()
+
+
+def test_cancelling_frees_slots_and_places_in_the_queue(service: Service) -> None:
+    for _ in range(20):
+        askers = [Asker(service, sample_number=number) for number in range(5)]
+        askers[0].begun.wait(WAIT_SECONDS)
+        for asker in askers:
+            asker.ticket.cancel()
+        for asker in askers:
+            asker.wait()
+    assert Asker(service).wait()
+    stats = service.stats()
+    assert (stats.busy_slots, stats.waiting) == (0, 0)
+    assert stats.cancelled_total > 20
+
+
+def test_an_asker_who_fails_harms_nobody_else(
+    service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(piece: Piece) -> None:
+        raise RuntimeError("this asker is gone")
+
+    good = Asker(service)
+    service.ask(
+        as_text("Tim", service.tokenizer),
+        sampling=LONG,
+        sample_number=0,
+        stop=[],
+        alternatives=None,
+        on_piece=fail,
+    )
+    assert good.wait() == Asker(service).wait()
+    assert "this asker is gone" in capsys.readouterr().err
+    assert service.stats().busy_slots == 0
+
+
+def test_prompts_without_room_are_refused_at_once(service: Service) -> None:
+    with pytest.raises(InputError, match="there is room for 100"):
+        Asker(service, "word " * 200)
+
+
+def test_draining_ends_what_is_in_work_and_takes_nothing_new(model: LanguageModel) -> None:
+    service = start(model)
+    askers = [Asker(service, sample_number=number) for number in range(4)]
+    assert service.drain(seconds=WAIT_SECONDS)
+    assert all(
+        asker.done.is_set() and asker.ended in ("eos", "length", "context") for asker in askers
+    )
+    with pytest.raises(DrainingError):
+        Asker(service)
+    assert not service.is_well
+    service.stop()
+
+
+def test_stopping_cancels_what_is_in_work(model: LanguageModel) -> None:
+    service = start(model)
+    asker = Asker(service)
+    asker.begun.wait(WAIT_SECONDS)
+    service.stop()
+    assert asker.done.is_set()
+    assert asker.ended in ("cancelled", "eos", "length", "context")
+
+
+def test_a_defect_of_the_engine_is_told_to_everybody(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service = start(model)
+    monkeypatch.setattr(service._engine, "_tell", lambda *_: 1 / 0)
+    asker = Asker(service)
+    asker.wait()
+    assert asker.ended == "failed"
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert service.stats().failed_total == 1
+    with pytest.raises(DrainingError):
+        Asker(service)
+    service.stop()
+
+
+def test_only_a_tokenizer_with_turns_can_chat() -> None:
+    plain = train_tokenizer(STORIES, config=TokenizerConfig(kind="sentencepiece"), vocab_size=400)
+    for tokenizer, expected in (
+        (plain, False),
+        (extend_tokenizer(plain, CONTROL_TOKENS), True),
+    ):
+        config = changed(SMALL, vocab_size=tokenizer.vocab_size)
+        model = LanguageModel(config, random_weights(config), tokenizer)
+        assert Service(model, EngineConfig(slots=1)).can_chat == expected

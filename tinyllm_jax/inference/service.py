@@ -1,0 +1,315 @@
+"""The engine on a thread of its own: questions in from any thread, pieces of text out.
+
+service = Service(model, config.engine)
+service.start()
+ticket = service.ask(as_text("Once", model.tokenizer), sampling=..., on_piece=print, ...)
+"""
+
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tinyllm_jax.config import EngineConfig, SamplingConfig
+from tinyllm_jax.data.asking import Asked
+from tinyllm_jax.data.chat_template import CONTROL_TOKENS
+from tinyllm_jax.inference.engine import Engine, Job, News, NewToken, Request
+from tinyllm_jax.inference.language_model import LanguageModel
+from tinyllm_jax.inference.text_stream import TextStream, token_bytes
+
+
+class Alternative(NamedTuple):
+    """A token as people see it, and its log-probability (nats) before any sampling setting."""
+
+    token_id: int
+    text: str
+    bytes: bytes
+    log_prob: float
+
+
+class ToldToken(NamedTuple):
+    """A token of an answer, and the likeliest in its place."""
+
+    token: Alternative
+    alternatives: tuple[Alternative, ...]  # likeliest first
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What came since the last piece of one answer.
+
+    Attributes:
+        text: May be "", while half a character or the beginning of a stop string is held back.
+        tokens: What is told of each token; nothing unless asked for.
+        new_tokens: Tokens made since the last piece; one that ends the answer counts.
+        ended: "" while it goes on, then once "eos", "stop" (a stop string), "length"
+            (`max_new_tokens`), "context" (no room is left), "cancelled" or "failed".
+    """
+
+    text: str
+    tokens: tuple[ToldToken, ...]
+    new_tokens: int
+    ended: str
+
+
+class ServiceStats(NamedTuple):
+    """How busy the service is, and what it has done since its start."""
+
+    slots: int
+    busy_slots: int
+    waiting: int
+    requests_total: int
+    prompt_tokens_total: int
+    new_tokens_total: int
+    cancelled_total: int
+    failed_total: int
+
+
+class QueueFullError(Exception):
+    """As many questions wait as may; ask again later."""
+
+
+class DrainingError(Exception):
+    """The service is about to stop, or has failed, and takes no questions."""
+
+
+class Ticket:
+    """One answer that is being made."""
+
+    def __init__(
+        self,
+        service: "Service",
+        stream: TextStream,
+        on_piece: Callable[[Piece], None],
+        *,
+        prompt_tokens: int,
+    ):
+        self.prompt_tokens = prompt_tokens
+        self.job: Job | None = None
+        self._service = service
+        self._stream = stream
+        self._on_piece = on_piece
+        self._ended = False
+
+    def cancel(self) -> None:
+        """Give up the answer, from any thread: its slot is free at the next step."""
+        assert self.job is not None
+        self.job.cancel()
+
+    def take(self, news: News) -> None:
+        """Turn news of the engine into a piece, on the engine's thread."""
+        # A stop string ends an answer before the engine hears of it.
+        if not self._ended:
+            self.send(self._piece(news))
+        if news.ended:
+            self._service.forget(self, news.ended)
+
+    def _piece(self, news: News) -> Piece:
+        tokens = news.tokens[:-1] if news.ended == "eos" else news.tokens
+        texts, used = [], 0
+        for token in tokens:
+            texts.append(self._stream.push(token.id))
+            used += 1
+            if self._stream.stopped:
+                break
+        if news.ended and not self._stream.stopped:
+            texts.append(self._stream.finish())
+        ended = "stop" if self._stream.stopped else news.ended
+        told: tuple[ToldToken, ...] = ()
+        if self.job is not None and self.job.request.alternatives is not None:
+            told = tuple(map(self._service.told, tokens[:used]))
+        made = used if ended == "stop" else len(news.tokens)
+        return Piece("".join(texts), told, made, ended)
+
+    def fail(self) -> None:
+        """Tell the asker that there will be no more."""
+        if not self._ended:
+            self.send(Piece("", (), 0, "failed"))
+
+    def send(self, piece: Piece) -> None:
+        """Hand a piece over; an asker who cannot take it loses the rest."""
+        self._ended = bool(piece.ended)
+        if piece.ended == "stop":
+            self.cancel()
+        try:
+            self._on_piece(piece)
+        except Exception:
+            # One asker's defect must not end the answers of the others.
+            traceback.print_exc(file=sys.stderr)
+            self._ended = True
+            self.cancel()
+
+
+class Service:
+    """Many answers at once from one model.
+
+    Args:
+        model: The model and its tokenizer.
+        config: Slots, queue, form of the weights.
+
+    Raises:
+        InputError: more room a slot is asked for than the model has positions.
+    """
+
+    def __init__(self, model: LanguageModel, config: EngineConfig):
+        self.tokenizer = model.tokenizer
+        self.can_chat = all(model.tokenizer.control_id(text) is not None for text in CONTROL_TOKENS)
+        self.compile_seconds = 0.0
+        self._config = config
+        self._precision = model.precision
+        with self._precision():
+            self._engine = Engine(
+                model.config,
+                model.weights,
+                tokens=model.tokenizer.vocab_size,
+                settings=config,
+            )
+        self.context = self._engine.room  # tokens of question and answer
+        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._open: set[Ticket] = set()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._requests = self._prompt_tokens = self._new_tokens = 0
+        self._cancelled = self._failed = 0
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._alternatives: dict[int, tuple[str, bytes]] = {}
+
+    def start(self) -> None:
+        """Compile every program, then begin to answer."""
+        with self._precision():
+            self.compile_seconds = self._engine.compile()
+        self._thread.start()
+
+    @property
+    def is_well(self) -> bool:
+        """Tell whether questions are taken and answered."""
+        return self._thread.is_alive() and not self._closed
+
+    def ask(
+        self,
+        asked: Asked,
+        *,
+        sampling: SamplingConfig,
+        sample_number: int,
+        stop: Sequence[str],
+        alternatives: int | None,
+        on_piece: Callable[[Piece], None],
+    ) -> Ticket:
+        """Ask for one answer, from any thread.
+
+        Args:
+            asked: The prompt; pieces tell only what follows it.
+            sampling: All but `prompt`, `num_samples` and `slide`.
+            sample_number: Tells apart the answers to one prompt under one seed.
+            stop: Texts that end the answer, and are not told.
+            alternatives: Likeliest tokens told with each token; None tells no log-probabilities.
+            on_piece: Called on the engine's thread; must return at once.
+
+        Raises:
+            InputError: the prompt leaves no room for an answer.
+            QueueFullError: as many wait as may.
+            DrainingError: the service takes no more questions.
+        """
+        request = Request(asked.ids, asked.end_id, sampling, sample_number, alternatives)
+        stream = TextStream(self.tokenizer, lead=asked.lead, stop=stop)
+        ticket = Ticket(self, stream, on_piece, prompt_tokens=len(asked.ids))
+        job = self._engine.job(request, ticket.take)
+        ticket.job = job
+        with self._changed:
+            if self._closed:
+                raise DrainingError("The server is stopping.")
+            if len(self._open) >= self._config.slots + self._config.queue:
+                raise QueueFullError(
+                    f"{len(self._open)} answers are in work or waiting, and no more may. Ask again "
+                    "later."
+                )
+            self._open.add(ticket)
+            self._requests += 1
+            self._prompt_tokens += ticket.prompt_tokens
+            self._inbox.put(job)
+        return ticket
+
+    def stats(self) -> ServiceStats:
+        """Count what is going on."""
+        busy = self._engine.busy_slots
+        return ServiceStats(
+            slots=self._config.slots,
+            busy_slots=busy,
+            waiting=max(len(self._open) - busy, 0),
+            requests_total=self._requests,
+            prompt_tokens_total=self._prompt_tokens,
+            new_tokens_total=self._new_tokens,
+            cancelled_total=self._cancelled,
+            failed_total=self._failed,
+        )
+
+    def drain(self, *, seconds: float) -> bool:
+        """Take no more questions and wait for the answers in work; True when all have ended."""
+        with self._changed:
+            self._closed = True
+            return self._changed.wait_for(lambda: not self._open, timeout=seconds)
+
+    def stop(self) -> None:
+        """Cancel what is in work, and end the thread."""
+        with self._changed:
+            self._closed = True
+            for ticket in self._open:
+                ticket.cancel()
+        self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def told(self, token: NewToken) -> ToldToken:
+        """Add texts to the ids of a token and of its alternatives."""
+
+        def told(id: int, log_prob: float) -> Alternative:
+            if id not in self._alternatives:
+                self._alternatives[id] = (
+                    self.tokenizer.token_text(id),
+                    token_bytes(self.tokenizer, id),
+                )
+            return Alternative(id, *self._alternatives[id], log_prob)
+
+        return ToldToken(
+            told(token.id, token.log_prob), tuple(told(*each) for each in token.alternatives)
+        )
+
+    def forget(self, ticket: Ticket, ended: str) -> None:
+        """Count an answer that has left the engine."""
+        assert ticket.job is not None
+        with self._changed:
+            self._open.discard(ticket)
+            self._new_tokens += ticket.job.made_tokens
+            self._cancelled += ended == "cancelled"
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        try:
+            with self._precision():
+                self._answer_all()
+        except BaseException:
+            # A defect of ours: everybody hears of it, and so does whoever runs the service.
+            traceback.print_exc(file=sys.stderr)
+            with self._changed:
+                self._closed = True
+                left, self._open = self._open, set()
+                self._failed += len(left)
+                self._changed.notify_all()
+            for ticket in left:
+                ticket.fail()
+
+    def _answer_all(self) -> None:
+        is_stopping, is_busy = False, False
+        while is_busy or not is_stopping:
+            # Sleep while there is nothing to do.
+            while not self._inbox.empty() or not (is_busy or is_stopping):
+                job = self._inbox.get()
+                if job is None:
+                    is_stopping = True
+                else:
+                    self._engine.admit(job)
+                    is_busy = True
+            is_busy = self._engine.step()

@@ -73,7 +73,7 @@ def test_an_unknown_command_names_those_there_are(command: Command):
     done = command.run("__main__", "trian")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "error: 'trian' is no command. Use one of train, generate, inspect, prepare, tokenizer.\n"
+        f"error: 'trian' is no command. Use one of {', '.join(__main__.COMMANDS)}.\n"
     )
     assert "train a model" in command.run("__main__").stdout
 

@@ -16,10 +16,12 @@ ROOMS = ("inference", "model", "objectives")
 MIRRORED = [file for file in FILES if file.startswith(ROOMS) and "__init__" not in file]
 MIRRORED += [
     "generate.py",
+    "evaluation/scorer.py",
     *(f"training/{name}.py" for name in ("loop", "optim", "step", "step_log")),
 ]
 ONLY_IN_JAX = {
     "inference/generate.py": {"Generator.compilations", "bucket"},  # nothing is compiled
+    "inference/language_model.py": {"LanguageModel.precision"},  # JAX is told to keep float64
     # torch picks its kernel by itself, and multiplies the masked half with the rest
     "model/attention.py": {"suits_cudnn", "goes_row_by_row", "row_by_row", "block_size"},
     # torch's products take any order of axes
@@ -42,9 +44,13 @@ ONLY_IN_JAX = {
     },
     "training/optim.py": {"read_moments", "write_moments"},  # its state has that form already
     "training/step.py": {"scan_steps", "Fixed"},
+    "training/step_log.py": {"StepLog.add_look"},  # at the layers
 }
-# Rooms that the twin's plain forms need not have, and those of runs beyond pretraining.
+# Rooms that the twin's plain forms need not have, those of runs beyond pretraining, and what many people
+# talk to at once.
 ONLY_IN_JAX_FILES = {
+    *(f"inference/{name}.py" for name in ("engine", "service", "stored_weights", "text_stream")),
+    *(f"inference/{name}.py" for name in ("talk", "talk_commands", "terminal")),
     *("model/grouped_dot.py", "model/placement.py", "objectives/device_rows.py"),
     "model/lora.py",
     *(
@@ -124,8 +130,9 @@ def test_every_file_of_the_model_has_a_twin() -> None:
 
 
 def test_the_twin_imports_of_tinyllm_jax_only_what_imports_no_framework() -> None:
-    allowed = ("config", "settings", "errors", "cli", "data")
-    shared = ("metrics", "progress", "report", "signals", "start_rules", "step_folders")
+    allowed = ("config", "settings", "errors", "cli", "data", "evaluate")
+    shared = ("loggers", "metrics", "monitor", "progress", "report", "rewind", "signals")
+    shared += ("start_rules", "step_folders")
     allowed += tuple(f"training.{name}" for name in shared)
     for file in FILES:
         for node in ast.walk(tree_of("tinyllm_torch", file)):

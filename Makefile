@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Compilers use one core each; the files stay together, since they share runs and models.
 TWO_AT_ONCE := -n 2 --dist loadfile
 
-.PHONY: tiny test quick lint clean
+.PHONY: tiny test quick lint wheel clean
 
 tiny: .venv/installed
 	$(BIN)/python -m tinyllm_jax.train --config tiny
@@ -19,6 +19,15 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# What pip would install, in an environment that knows nothing of this folder.
+wheel: .venv/test
+	rm -rf .venv/dist .venv/wheel
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir .venv/dist .
+	$(PYTHON) -m venv .venv/wheel
+	.venv/wheel/bin/python -m pip install --quiet --disable-pip-version-check "$$(echo .venv/dist/*.whl)[serve]"
+	cp tests/wheel_program.py .venv/wheel/
+	cd .venv/wheel && bin/python wheel_program.py
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'

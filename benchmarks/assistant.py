@@ -6,10 +6,10 @@ python -m benchmarks.assistant checkpoints/sft_stories checkpoints/dpo_stories c
 import argparse
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from tinyllm_jax.training.metrics import read_metrics
-from tinyllm_jax.training.report import INK, TRAIN, VALIDATION, dress, plot_svg
 
 # What a run of each mode is after: the number, the kind of training row that has it too, and its name.
 MEASURES = {
@@ -18,6 +18,8 @@ MEASURES = {
     "reward": ("accuracy", "train", "share of pairs the right way round"),
     "rlhf": ("reward", "rollout", "mean reward of an answer"),
 }
+# Grey that reads on white and on black alike.
+INK, TRAIN, VALIDATION = "#808080", "#6ea8dc", "#e07b39"
 MEAN_OVER = 10  # training rows that one point is the mean of
 
 
@@ -56,9 +58,14 @@ def main() -> None:
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.legend(frameon=False, labelcolor=INK)
-        dress(axes)
+        axes.tick_params(colors=INK, which="both")
+        axes.xaxis.label.set_color(INK)
+        axes.yaxis.label.set_color(INK)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(INK)
         print(f"{run}: " + ", ".join(f"step {step} {value:.4g}" for step, value in looks))
-    arguments.out.write_text(plot_svg(figure))
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "tinyllm"}):
+        figure.savefig(arguments.out, transparent=True, metadata={"Date": None})
     print(f"Written: {arguments.out}")
 
 

@@ -44,7 +44,7 @@ def small(prepared_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Give what trains a small run in a folder and tells its rows of metrics."""
     monkeypatch.setenv("TINYLLM_DATA_DIR", str(prepared_folder))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "write_report", lambda _: None)
+    monkeypatch.setattr(loop, "write_report", lambda _, **__: None)
 
     def run(*flags: str, out: str, code: int = 0) -> list[dict[str, Any]]:
         assert train.main([*SMALL_RUN, *flags, "--out", out]) == code

@@ -1,23 +1,13 @@
-"""The metrics file, the report that is made of it, and what the terminal shows."""
+"""The metrics file, and what the terminal shows."""
 
 import json
 import math
-import xml.etree.ElementTree as ElementTree
 
-import numpy as np
 import pytest
 
 from tinyllm_jax.training.devices import PEAK_TFLOPS, known_peak_tflops, measured_tflops
 from tinyllm_jax.training.metrics import MetricsFile, read_metrics
 from tinyllm_jax.training.progress import Progress
-from tinyllm_jax.training.report import (
-    draw_experts,
-    draw_losses,
-    expert_section,
-    plot_svg,
-    summarise,
-    write_report,
-)
 
 
 def rows_until(step: int) -> list[dict]:
@@ -60,53 +50,6 @@ def test_numbers_that_are_none_are_written_as_json_allows(tmp_path):
 
     row = json.loads(path.read_text(), parse_constant=refuse)
     assert (row["loss"], row["grad_norm"]) == ("nan", "inf")
-
-
-LOOK = {"kind": "eval", "step": 5, "loss": 1.0, "bits_per_byte": 0.5}
-
-
-def test_the_plot_holds_both_curves_and_the_floor():
-    floor = {"entropy_floor_bits_per_byte": 0.4, "above_floor_share": 0.25}
-    rows = [*rows_until(5), {"kind": "train", "step": 6, "loss": "nan"}, LOOK | floor]
-    (axes,) = draw_losses(rows).axes
-    labels = {line.get_label(): line for line in axes.lines}
-    assert list(labels["training batch"].get_ydata()) == [1 / n for n in range(1, 6)]
-    assert list(labels["validation, last 1.000"].get_xdata()) == [5]
-    assert labels["entropy floor 0.800"].get_ydata()[0] == pytest.approx(0.8)
-    ElementTree.fromstring(plot_svg(draw_losses(rows)))
-    assert "25.0% above the best" in summarise(rows)
-
-
-def test_the_plot_of_experts_shows_shares_relative_to_an_even_one():
-    loads = [[[0.25, 0.75], [0.5, 0.5]], [[0.4, 0.6], [0.1, 0.9]]]
-    rows = [LOOK | {"step": n, "expert_load": load} for n, load in enumerate(loads)]
-    lost = LOOK | {"step": 2, "loss": "nan", "expert_load": [["nan"] * 2] * 2}
-    over_time, newest, _ = draw_experts([*rows, lost]).axes
-    busiest = [list(line.get_ydata()) for line in over_time.lines[:2]]
-    assert busiest == [[1.5, 1.2], [1.0, 1.8]]
-    np.testing.assert_allclose(newest.images[0].get_array(), [[0.8, 1.2], [0.2, 1.8]])
-    (heading, text, drawing) = expert_section(rows)
-    assert (heading, "2 is all of them" in text) == ("<h2>Experts</h2>", True)
-    ElementTree.fromstring(drawing)
-    assert expert_section([LOOK]) == []
-
-
-def test_a_report_of_no_steps_yet_is_a_page(trained_run, tmp_path):
-    for name in ("training_config_snapshot.json", "dataset_stats.json"):
-        (tmp_path / name).write_bytes((trained_run / name).read_bytes())
-    write_report(tmp_path)
-    assert "No evaluation yet." in (tmp_path / "report.html").read_text()
-
-
-def test_what_a_model_writes_is_text_in_the_report_never_markup(trained_run, tmp_path):
-    for name in ("training_config_snapshot.json", "dataset_stats.json"):
-        (tmp_path / name).write_bytes((trained_run / name).read_bytes())
-    row = {"kind": "sample", "step": 1, "text": "<script>alert(1)</script>"}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    write_report(tmp_path)
-    page = (tmp_path / "report.html").read_text()
-    assert "<script>" not in page
-    assert "&lt;script&gt;alert(1)" in page
 
 
 @pytest.mark.parametrize(

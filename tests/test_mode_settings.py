@@ -72,7 +72,7 @@ def told(
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("TINYLLM_DATA_DIR", str(prepared_folder))
                 patch.chdir(folder)
-                patch.setattr(loop, "write_report", lambda _: None)
+                patch.setattr(loop, "write_report", lambda _, **__: None)
                 out = f"run{len(known)}"
                 assert train.main(flags_of({**settings, "run.out": out})) == 0
             known[key] = reproducible(folder / out)

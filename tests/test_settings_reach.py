@@ -20,15 +20,26 @@ import pytest
 from conftest import SMALL_RUN
 from jax.experimental.compilation_cache import compilation_cache
 from test_dispatch import DISPATCH_SETTINGS
+from test_evaluate import EVALUATE_SETTINGS
 from test_hosts import DISTRIBUTED_CHANGES
+from test_loggers import LOGGING_SETTINGS
 from test_lora import LORA_CHANGES
 from test_mode_settings import MODE_SETTINGS
 from test_model import CASES as MODEL_CASES
+from test_monitor import MONITOR_SETTINGS
 from test_optim import OPTIMIZER_CHANGES
+from test_serve_command import SHOWN_BY as SHOWN_BY_SERVING
 from test_sharding import PARALLEL_CHANGES
 
 from tinyllm_jax import generate, train
-from tinyllm_jax.config import Config, GenerateConfig, TokenizerConfig, load_config
+from tinyllm_jax.config import (
+    Config,
+    EvaluateConfig,
+    GenerateConfig,
+    ServeConfig,
+    TokenizerConfig,
+    load_config,
+)
 from tinyllm_jax.data import groups
 from tinyllm_jax.data import prepare as prepare_module
 from tinyllm_jax.data.asking import as_text
@@ -382,10 +393,13 @@ def test_every_setting_has_a_case() -> None:
     covered |= {f"parallel.{name}" for name in PARALLEL_CHANGES}
     covered |= {f"lora.{name}" for name in LORA_CHANGES}
     covered |= {f"distributed.{name}" for name in DISTRIBUTED_CHANGES}
-    covered |= {*DISPATCH_SETTINGS, *MODE_SETTINGS}
+    covered |= {*DISPATCH_SETTINGS, *MODE_SETTINGS, *MONITOR_SETTINGS, *LOGGING_SETTINGS}
     cases = [*OF_TEXT, *OF_RUN, *OF_PROCESS, *OF_SAMPLING]
     assert sorted([*covered, *cases]) == sorted(setting_fields(Config))
     assert set(OF_SAMPLING) == set(setting_fields(GenerateConfig))
+    assert set(EVALUATE_SETTINGS) == set(setting_fields(EvaluateConfig))
+    of_serving = {name for name in setting_fields(ServeConfig) if not name.startswith("engine.")}
+    assert set(SHOWN_BY_SERVING) == of_serving
 
 
 def test_packing_that_is_chosen_depends_on_the_mode() -> None:
@@ -455,7 +469,7 @@ def ended(
                 patch.setenv("TINYLLM_DATA_DIR", str(prepared_folder))
                 patch.setattr(dry_run, "TIMING_SECONDS", 0.0)
                 for module in (loop, torch_loop):  # the pictures take a third of such a run
-                    patch.setattr(module, "write_report", lambda _: None)
+                    patch.setattr(module, "write_report", lambda _, **__: None)
                 patch.chdir(folder)
                 known[key] = end_of_run(package, settings)
         return known[key]

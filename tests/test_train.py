@@ -54,7 +54,7 @@ def test_a_run_leaves_everything_that_is_promised(trained_run):
     names = {path.name for path in trained_run.iterdir()}
     assert names == {
         *("training_config_snapshot.json", "dataset_stats.json", "metrics.jsonl"),
-        *("report.html", "tokenizer.model", "checkpoints", "best"),
+        *("environment.json", "report.html", "tokenizer.model", "checkpoints", "best"),
     }
     rows = read_metrics(trained_run / "metrics.jsonl")
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 21))

@@ -6,6 +6,11 @@ import sys
 COMMANDS = {
     "train": "train a model",
     "generate": "let a trained model write",
+    "chat": "talk to a trained model in the terminal",
+    "evaluate": "measure a model: loss, multiple choice, minimal pairs, stories",
+    "serve": "answer over HTTP, as OpenAI's API",
+    "report": "show a run on a page, or compare runs",
+    "verify_resume": "prove on this machine that a killed run goes on exactly",
     "inspect": "look at the first batch, the model and one step",
     "prepare": "turn text into token shards",
     "tokenizer": "train a tokenizer",
@@ -20,7 +25,7 @@ def main() -> None:
         runpy.run_module(f"tinyllm_jax.{name}", run_name="__main__", alter_sys=True)
         return
     lines = ["Usage: tinyllm COMMAND [flags]; --help after a command shows its flags.", ""]
-    lines += [f"  {command:<10} {what}" for command, what in COMMANDS.items()]
+    lines += [f"  {command:<13} {what}" for command, what in COMMANDS.items()]
     if name in ("-h", "--help"):
         print("\n".join(lines))
         return

@@ -1,6 +1,7 @@
 """What every command shares: one clear line for bad input, exit code 2, no traceback."""
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -27,6 +28,14 @@ _ADVICE = {
     "name a shorter one.",
     errno.EEXIST: "Something is already there. Name another folder with --out.",
 }
+# Whatever runs out, a checkpoint that is there is whole.
+_LESS_MEMORY = (
+    "Ask for less, as with a smaller --batch-size (train --dry-run true tells what a run needs), or give "
+    "it a larger machine. A run goes on from its last checkpoint with --auto-resume."
+)
+
+# Of a message, in characters.
+LONGEST_LINE = 4000
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -34,6 +43,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
     Any other exception is a defect of this code and keeps its traceback.
     """
+    # Names of files, and texts of data, need not be text that a terminal can show.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except InputError as error:
@@ -48,13 +60,43 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             raise
         place = f"{error.filename}: " if error.filename else ""
         fail(f"{place}{os.strerror(error.errno or 0)}. {advice}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        words = str(error).strip().splitlines()[:1]
+        fail(f"out of memory{f' ({words[0]})' if words else ''}. {_LESS_MEMORY}")
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(code or 0)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell a lack of memory of Python, of JAX's devices or of PyTorch's, which has classes of its own."""
+    words = ("RESOURCE_EXHAUSTED", "bad_alloc", "can't start new thread")  # no room for its stack
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(each in str(error) for each in words)
+    )
+
+
 def fail(message: str) -> NoReturn:
     """Print what is wrong on stderr, a line a problem, and exit with code 2."""
-    for line in message.splitlines():
+    for line in lines_to_show(message):
         print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
+
+
+def lines_to_show(message: str) -> list[str]:
+    """Cut a message into lines for a terminal.
+
+    Messages quote what stood in a file. Its control characters stay visible, so that no file sends
+    commands to a terminal, and of a very long line the beginning and the end are shown.
+    """
+    lines = []
+    for line in message.splitlines():
+        if len(line) > LONGEST_LINE:
+            half = LONGEST_LINE // 2
+            line = f"{line[:half]} ... {line[-half:]}"
+        lines.append("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+    return lines

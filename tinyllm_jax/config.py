@@ -569,7 +569,7 @@ class EngineConfig:
         minimum=0,
     )
     prefill_tokens: int = setting(
-        64, "tokens of a prompt that are read between two dispatches", unit="tokens", minimum=1
+        32, "tokens of a prompt that are read between two dispatches", unit="tokens", minimum=1
     )
     tokens_per_dispatch: int = setting(
         4, "tokens of each answer that one dispatch makes", unit="tokens", minimum=1
@@ -1022,7 +1022,8 @@ class LoggingConfig:
     project: str = setting("tinyllm", "wandb, swanlab, trackio: project that the run belongs to")
     name: str = setting("", "name of the run there; empty is that of the run folder")
     offline: bool = setting(
-        False, "wandb, swanlab: send nothing, and keep what `wandb sync` or `swanlab sync` sends later"
+        False,
+        "wandb, swanlab: send nothing, and keep what `wandb sync` or `swanlab sync` sends later",
     )
 
     def problems(self) -> list[str]:
@@ -1274,9 +1275,7 @@ def same_setting(section: type, name: str, **changed: Any) -> Any:
 class TerminalConfig:
     """A talk in a terminal."""
 
-    system: str = setting(
-        "", "system prompt of the conversation; empty is none", flag="--system"
-    )
+    system: str = setting("", "system prompt of the conversation; empty is none", flag="--system")
     history: str = setting(
         "",
         "file that keeps what was typed, for the next time; empty keeps it until the end alone",
@@ -1295,7 +1294,7 @@ class TalkSamplingConfig:
     top_p: float = same_setting(SamplingConfig, "top_p")
     repetition_penalty: float = same_setting(SamplingConfig, "repetition_penalty")
     greedy: bool = same_setting(SamplingConfig, "greedy")
-    seed: int = same_setting(SamplingConfig, "seed")
+    seed: int = same_setting(SamplingConfig, "seed", flag="--seed")
 
 
 @dataclass(frozen=True)
@@ -1435,14 +1434,16 @@ class EvaluateConfig:
 def is_span(text: str) -> bool:
     """Tell a number from 0, or a span of two such as 410-419, from any other text."""
     first, dash, last = text.partition("-")
+    if len(text) > 40:  # no batch has such a number, and Python reads no number of any length
+        return False
     if not (first.isdecimal() and first.isascii()):
         return False
     return not dash or (last.isdecimal() and last.isascii() and int(first) <= int(last))
 
 
 def divisors(number: int) -> list[int]:
-    """List the whole numbers that divide `number`."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    """List the whole numbers that divide `number`, up to a million: nobody would wait for more."""
+    return [d for d in range(1, min(number, 10**6) + 1) if number % d == 0]
 
 
 def presets_dir() -> Path:

@@ -72,7 +72,9 @@ def report(model: Writer, scorer: Scorer, config: EvaluateConfig, *, checkpoint:
         table = {"checkpoint": checkpoint, **evaluate(model, scorer, config, teller=progress)}
     print(write_table(table))
     if out is not None:
-        write_file(out, (json.dumps(plain(table), indent=1, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(plain(table), indent=1, ensure_ascii=False) + "\n"
+        # Half of a surrogate pair, as names of files may hold, becomes the escape that JSON has for it.
+        write_file(out, text.encode(errors="backslashreplace"))
         print(f"Results: {out}", file=sys.stderr)
 
 

@@ -9,13 +9,17 @@ import dataclasses
 import difflib
 import math
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from tinyllm_jax.errors import InputError
 
 T = TypeVar("T")
+# What the arrays that settings become can hold.
+LARGEST = 2**63 - 1
+# Of a value in a message, in characters.
+LONGEST_SHOWN = 300
 
 
 def setting(
@@ -86,6 +90,13 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not TOML ({error}). Fix that line.") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise InputError(f"{path}: not TOML that can be read ({error}). Fix it.") from None
+    except RecursionError:
+        raise InputError(
+            f"{path}: tables or lists in each other to a depth that cannot be read. Settings are "
+            "at most one table deep."
+        ) from None
 
 
 def convert_value(value: Any, kind: type) -> Any:
@@ -116,7 +127,7 @@ def convert_value(value: Any, kind: type) -> Any:
         if isinstance(value, (int, float, str)) and not isinstance(value, bool):
             try:
                 return float(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 raise ValueError("a number") from None
         raise ValueError("a number")
     if kind is str:
@@ -133,12 +144,14 @@ def convert_value(value: Any, kind: type) -> Any:
 def range_problem(key: str, value: Any, field: dataclasses.Field) -> str | None:
     """Say which bound of its declaration a value breaks, or None."""
     rule = field.metadata
-    shown = f"{key}={value}"
+    shown = f"{key}={as_text(value)}"
     unit = f" {rule['unit']}" if rule["unit"] else ""
     if rule["choices"] and value not in rule["choices"]:
         return f"{shown} is not one of the choices. Use one of {', '.join(rule['choices'])}."
     if isinstance(value, float) and not math.isfinite(value):
         return f"{shown} is not a finite number. Give one."
+    if isinstance(value, int) and value > LARGEST:
+        return f"{shown} is too large. Use {LARGEST} or less."
     if rule["minimum"] is not None and value < rule["minimum"]:
         return f"{shown} is too small. Use {rule['minimum']}{unit} or more."
     if rule["above"] is not None and value <= rule["above"]:
@@ -148,8 +161,19 @@ def range_problem(key: str, value: Any, field: dataclasses.Field) -> str | None:
     return None
 
 
+def as_text(value: Any, write: Callable[[Any], str] = str) -> str:
+    """Write a value for a message, in a line that a person can take in."""
+    try:
+        text = write(value)
+    except (ValueError, RecursionError):  # Python writes no numbers of thousands of digits
+        return f"a value of type {type(value).__name__} that is too large to show"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
 def closest(word: str, known: Iterable[str]) -> str:
     """Suggest the known word nearest to a mistyped one, as a sentence, or nothing."""
+    if len(word) > LONGEST_SHOWN:  # comparing takes the square of the length
+        return ""
     known = list(known)
     last = word.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
@@ -180,13 +204,13 @@ def build(
         where = f"{origin}: " if origin else ""
         for key, raw in table.items():
             if key not in known:
-                problems.append(f"{where}unknown key {key}.{closest(key, known)}")
+                problems.append(f"{where}unknown key {as_text(key)}.{closest(key, known)}")
                 continue
             field, kind = known[key]
             try:
                 value = convert_value(raw, kind)
             except ValueError as error:
-                problems.append(f"{where}{key}={raw!r} does not fit. Give {error}.")
+                problems.append(f"{where}{key}={as_text(raw, repr)} does not fit. Give {error}.")
                 continue
             problem = range_problem(key, value, field)
             if problem:

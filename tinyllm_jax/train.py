@@ -44,6 +44,7 @@ def main(words: Sequence[str] | None = None) -> int:
     from tinyllm_jax.tasks import open_task
     from tinyllm_jax.training.distributed import distributed_settings, joined
     from tinyllm_jax.training.dry_run import dry_run
+    from tinyllm_jax.training.loggers import check_installed
     from tinyllm_jax.training.loop import Identity, fit
     from tinyllm_jax.training.parallel import make_parallel
     from tinyllm_jax.training.start import (
@@ -82,6 +83,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 "train longer, add --max-steps with a larger number."
             )
             return 0
+        check_installed(config.logging)
         set_up_jax(config)
         parallel = make_parallel(config)
         task = here.in_turn(lambda: open_task(config, start))

@@ -32,6 +32,7 @@ def main(words: Sequence[str] | None = None) -> int:
     # wait for torch.
     from tinyllm_jax.data.files import locked
     from tinyllm_jax.data.prepare import prepare
+    from tinyllm_jax.training.loggers import check_installed
     from tinyllm_jax.training.start_rules import check_data
     from tinyllm_torch.model.weights import model_structure
     from tinyllm_torch.objectives.pretrain import make_pretraining
@@ -47,6 +48,7 @@ def main(words: Sequence[str] | None = None) -> int:
     start = find_start(preset, overrides, problems, say=say)
     config, folder = start.config, start.folder
     refuse_what_is_not_here(config)
+    check_installed(config.logging)
     if start.resumed and start.resumed.step >= config.train.max_steps:
         say(
             f"{start.resumed.folder}: the run is finished at step {start.resumed.step}. To train "
@@ -104,6 +106,11 @@ def refuse_what_is_not_here(config: Config) -> None:
         raise InputError(
             "train.corpus_on_device: the twin reads its rows on the host. Add "
             "--train.corpus_on_device auto."
+        )
+    if config.monitor.interval_steps:
+        raise InputError(
+            "monitor.interval_steps: the twin does not look at its layers. Add "
+            "--monitor.interval_steps 0, or use python -m tinyllm_jax.train."
         )
     if config.distributed.coordinator:
         raise InputError(

@@ -1,11 +1,12 @@
 """Byte-level BPE of Hugging Face `tokenizers`: the tokenizer of Tiny-K, MiniMind and GPT-2."""
 
+import base64
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -42,11 +43,11 @@ class ByteLevelTokenizer:
 
     def __init__(self, content: bytes, *, origin: str):
         """Read a tokenizer.json's bytes; `origin` names it in messages."""
-        self._content = content
+        self._content, self._origin = content, origin
         self._tokenizer = parse(content, origin=origin)
         self.hash = hashlib.sha256(content).hexdigest()
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(ids.values()) + 1
+        self.vocab_size = max(ids.values(), default=-1) + 1
         pairs = [pair for pair in BEGIN_END_NAMES if pair[0] in ids and pair[1] in ids]
         if not pairs:
             usual = ", ".join(f"{begin} {end}" for begin, end in BEGIN_END_NAMES)
@@ -72,7 +73,11 @@ class ByteLevelTokenizer:
         for text in texts:
             require_unicode(text)
         # A file may ask for bos and eos of its own (`post_processor`); they are added by name here.
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except BaseException as error:
+            self._refuse_broken(error)
+            raise
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
@@ -84,7 +89,22 @@ class ByteLevelTokenizer:
             eos_id=self.eos_id,
             left_out={self.bos_id, self.pad_id},
         )
-        return self._tokenizer.decode(kept, skip_special_tokens=True)
+        try:
+            return self._tokenizer.decode(kept, skip_special_tokens=True)
+        except BaseException as error:
+            self._refuse_broken(error)
+            raise
+
+    def _refuse_broken(self, error: BaseException) -> None:
+        """Tell what the library complains about from any other exception.
+
+        A file of which it can make no sense only when it is used ends in a bare `Exception`, or in a
+        panic of Rust, which is a `BaseException`.
+        """
+        if type(error) is Exception or is_panic(error):
+            raise InputError(
+                f"{self._origin}: this tokenizer.json contradicts itself ({error}). Use another one."
+            ) from None
 
     def token_text(self, id: int) -> str:
         """Show one token to a person; bytes that are no text by themselves show as `<0xE2>`."""
@@ -105,6 +125,10 @@ class ByteLevelTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         return id if id in added and added[id].special else None
 
+    def tokens(self) -> set[str]:
+        """List all tokens, control tokens included."""
+        return {*self._tokenizer.get_vocab(with_added_tokens=True)}
+
     def to_bytes(self) -> bytes:
         """Give the tokenizer.json."""
         return self._content
@@ -119,8 +143,12 @@ class ByteLevelTokenizer:
 def parse(content: bytes, *, origin: str) -> Tokenizer:
     """Read a tokenizer.json so that control tokens in a text stay text, and all of it is kept."""
     try:
-        tokenizer = Tokenizer.from_str(content.decode("utf-8-sig"))
-    except Exception as error:
+        text = content.decode("utf-8-sig")
+        check_maps(text)
+        tokenizer = Tokenizer.from_str(text)
+    except BaseException as error:
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         raise InputError(
             f"{origin}: no tokenizer.json that this version of tokenizers reads ({error}). Give "
             "one, or a SentencePiece .model."
@@ -131,6 +159,33 @@ def parse(content: bytes, *, origin: str) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def is_panic(error: BaseException) -> bool:
+    """Tell what the library raises where its code in Rust gives up: it has no class to import."""
+    return type(error).__name__ == "PanicException"
+
+
+def check_maps(text: str) -> None:
+    """Refuse a tokenizer.json with a map of characters that says it is larger than it is.
+
+    The library would ask for that much memory, up to 4 GiB, and end the process where there is less.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if '"precompiled_charsmap"' not in text:
+        return
+
+    def check(table: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(packed := table.get("precompiled_charsmap"), str):
+            content = base64.b64decode(packed)
+            size = int.from_bytes(content[:4], "little")
+            if not 0 < size <= len(content) - 4 or size % 4:
+                raise ValueError("its precompiled_charsmap is damaged")
+        return table
+
+    json.loads(text, object_hook=check)
 
 
 def train(documents: Iterable[str], *, vocab_size: int, min_frequency: int) -> ByteLevelTokenizer:
@@ -174,9 +229,12 @@ def extend(tokenizer: ByteLevelTokenizer, tokens: Sequence[str]) -> ByteLevelTok
         InputError: a token is an ordinary one already, or the file skips ids, and the library gives
             a new token the first id that is free.
     """
-    table = json.loads(tokenizer.to_bytes().decode("utf-8-sig"))
-    added = table.setdefault("added_tokens", [])
-    known = {*table["model"]["vocab"], *(row["content"] for row in added)}
+    try:
+        table = json.loads(tokenizer.to_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # Rust's JSON takes numbers of any length
+        raise InputError(f"{FILE_NAME}: cannot be extended ({error}). Use another one.") from None
+    added = table["added_tokens"] = table.get("added_tokens") or []
+    known = tokenizer.tokens()
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     for id, text in enumerate(tokens, tokenizer.vocab_size):
         if text in known:

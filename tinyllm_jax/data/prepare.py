@@ -36,6 +36,24 @@ from tinyllm_jax.errors import InputError
 GROUP_BYTES = 32 << 20
 # Part of every key: raise it when the same input gives other shards than before.
 FORMAT = 2
+# What is read of a manifest.
+MANIFEST = {
+    "dataset_hash": str,
+    "tokenizer_file": str,
+    "tokenizer_hash": str,
+    "sources": [{"split": str, "path": str}],
+    "shards": [
+        {
+            "name": str,
+            "split": str,
+            "files": {"*": {"bytes": int, "sha256": str}},
+            **{field.name: int for field in dataclasses.fields(ShardRecord) if field.type is int},
+        }
+    ],
+    "stats": {"files": [{"path": str}], "splits": {"train": {}, "validation": {}}},
+}
+# Of this, what sets that were prepared earlier do not say.
+ADDED_LATER = ("learnt_tokens",)
 
 
 @dataclass(frozen=True)
@@ -132,9 +150,42 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / "manifest.json"
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
+        manifest = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({error}). {prepare_again(folder)}") from None
+    # Sets that were prepared before manifests had one are still good.
+    if manifest.pop("checksum", None) not in (None, hash_of(manifest)):
+        raise InputError(f"{path}: does not have its checksum. {prepare_again(folder)}")
+    if not is_like(manifest, MANIFEST):
+        raise InputError(f"{path}: no account of a set of shards. {prepare_again(folder)}")
+    return manifest
+
+
+def is_like(value: Any, shape: Any) -> bool:
+    """Tell a value that has the parts of a shape; it may have others besides.
+
+    Args:
+        shape: A type; a list of one shape, that of all items; or a table of shapes, of which "*" is
+            that of all values.
+    """
+    if isinstance(shape, type):
+        return type(value) is shape
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(is_like(each, shape[0]) for each in value)
+    if not isinstance(value, dict):
+        return False
+    if "*" in shape:
+        return all(is_like(each, shape["*"]) for each in value.values())
+    return all(
+        is_like(value[name], inner) if name in value else name in ADDED_LATER
+        for name, inner in shape.items()
+    )
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Finish a set with the account of it, and a checksum of that, since all else hangs on it."""
+    content = manifest | {"checksum": hash_of(manifest)}
+    write_file(folder / "manifest.json", json.dumps(content, indent=1).encode())
 
 
 def load_set_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
@@ -221,7 +272,7 @@ def write_set(
             on_progress=bar.update,
         )
     manifest = make_manifest(records, sources=sources, tokenizer=tokenizer, data=config.data)
-    write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+    write_manifest(folder, manifest)
 
 
 def make_manifest(
@@ -258,7 +309,11 @@ def make_manifest(
 
 def shard_records(manifest: dict[str, Any]) -> list[ShardRecord]:
     """Read the shards that a manifest lists."""
-    return [ShardRecord(**shard) for shard in manifest["shards"]]
+    names = {field.name for field in dataclasses.fields(ShardRecord)}
+    return [
+        ShardRecord(**{name: value for name, value in shard.items() if name in names})
+        for shard in manifest["shards"]
+    ]
 
 
 def count_files(records: Sequence[GroupRecord]) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ either side is longer than a row is left out: both must be whole to be compared.
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from tinyllm_jax.data.chat_sources import (
 )
 from tinyllm_jax.data.chat_template import ChatTemplate, Encoded
 from tinyllm_jax.data.corpus import Part
-from tinyllm_jax.data.files import locked, write_file
+from tinyllm_jax.data.files import locked
 from tinyllm_jax.data.groups import BATCH_BYTES
 from tinyllm_jax.data.prepare import (
     PreparedData,
@@ -49,6 +48,7 @@ from tinyllm_jax.data.prepare import (
     read_manifest,
     say_waiting,
     shard_records,
+    write_manifest,
 )
 from tinyllm_jax.data.shards import ShardRecord, ShardWriter, Split, open_split, shard_writer
 from tinyllm_jax.data.sources import find_left_out
@@ -231,7 +231,7 @@ def prepare_rows(
                 )
                 tokenizer.save(folder)
                 manifest = chat_manifest(shards, files, facts, settings, tokenizer, data)
-                write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+                write_manifest(folder, manifest)
     return open_rows(folder, data, kind)
 
 

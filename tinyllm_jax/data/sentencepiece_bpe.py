@@ -38,7 +38,7 @@ class SentencePieceTokenizer:
         neither = f"{origin}: neither a SentencePiece model nor a tokenizer.json. Give one of them."
         try:
             processor.LoadFromSerializedProto(content)
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):  # the second: what it complains about is no text
             raise InputError(neither) from None
         self.vocab_size = processor.vocab_size()
         if not self.vocab_size:  # an empty file is a valid message of nothing
@@ -61,7 +61,13 @@ class SentencePieceTokenizer:
         self._left_out = {id for id in unseen if id != self.unk_id or self._byte_ids}
         # Private characters that no piece holds come out as bytes, whatever stands round them.
         private = map(chr, range(0xE000, 0xF900))
-        self._stand_in = next(c for c in private if processor.piece_to_id(c) == self.unk_id)
+        unheld = (c for c in private if processor.piece_to_id(c) == self.unk_id)
+        self._stand_in = next(unheld, "")
+        if not self._stand_in:
+            raise InputError(
+                f"{origin}: this SentencePiece model has no token for what it does not know, or has "
+                "pieces of all private characters. Use another tokenizer."
+            )
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Turn text into ids, with bos before and eos after where asked."""

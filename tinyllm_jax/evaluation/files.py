@@ -175,8 +175,10 @@ def _parquet_records(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 for record in batch.to_pylist():
                     row += 1
                     yield f"{path}: row {row}", record
-    except pa.ArrowException as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # of the machine, rather than of the file's content
+        reason = str(error).partition("\n")[0].rstrip(".")
         raise InputError(
             f"{path}: not parquet, or damaged ({reason}). Get or write the file again."
         ) from None

@@ -22,6 +22,8 @@ CHOICES_NAMES = ("choices", "options", "endings")
 PLACE_NAMES = ("gold", "label")
 ANSWER_NAMES = (*PLACE_NAMES, "answerKey", "answer", "answer_idx", "target")
 PAIR_NAMES = (("good", "bad"), ("sentence_good", "sentence_bad"))
+# Digits of a place among the answers; Python reads no number of any length.
+LONGEST_PLACE = 10
 PHENOMENON_NAMES = ("phenomenon", "UID", "category", "linguistics_term")
 
 
@@ -217,14 +219,15 @@ def gold_of(record: Mapping[str, Any], choices: tuple[str, ...], labels: tuple[s
 def _place_of(word: str, name: str, choices: tuple[str, ...], labels: tuple[str, ...]) -> int:
     if word in labels:
         return labels.index(word)
-    if name in PLACE_NAMES and word.isdecimal():
+    is_place = word.isdecimal() and len(word) < LONGEST_PLACE
+    if name in PLACE_NAMES and is_place:
         return int(word)
     stripped = [choice.strip() for choice in choices]
     if word in stripped:
         return stripped.index(word)
     if len(word) == 1 and "A" <= word.upper() <= "Z":
         return ord(word.upper()) - ord("A")
-    return int(word) if word.isdecimal() else -1
+    return int(word) if is_place else -1
 
 
 def first_name(record: Mapping[str, Any], names: tuple[str, ...], what: str) -> str:

@@ -10,7 +10,6 @@ Source: symmetric, weight-only, per channel: Dettmers et al. 2022, arXiv:2208.07
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 

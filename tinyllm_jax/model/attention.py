@@ -142,15 +142,22 @@ def reference_attention(
         )
         scores = scores.reshape(batch, kv_heads, heads // kv_heads, end - start, seen)
         scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, jnp.finfo(wide).min)
+        largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, axis=-1).reshape(batch, heads, end - start, 1)
         own = None if dropout_key is None else jax.random.fold_in(dropout_key, start)
-        weights = dropout(jax.nn.softmax(scores, axis=-1), rate=dropout_rate, key=own)
+        weights = dropout(weights, rate=dropout_rate, key=own)
         block = jnp.einsum(
             "bnqk,bnkd->bnqd",
             weights.astype(value.dtype).reshape(batch, kv_heads, -1, seen),
             value[:, :, :seen],
             precision=Precision.HIGHEST,
+            preferred_element_type=wide,
         )
-        mixed.append(block.reshape(batch, heads, end - start, head_dim))
+        # The softmax divides here, after the product, so that the sum in its gradient, too, is over the
+        # width of a head and not over keys.
+        block = block.reshape(batch, heads, end - start, head_dim) / total
+        mixed.append(block.astype(value.dtype))
     return jnp.concatenate(mixed, axis=2).transpose(0, 2, 1, 3)
 
 

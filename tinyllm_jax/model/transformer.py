@@ -10,7 +10,7 @@ arXiv:2010.04245, in the form of transformers, models/qwen3/modeling_qwen3.py; n
 models/llama/modeling_llama.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +68,24 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
         self.config = config
 
+    def project(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        rope: tuple[Array, Array],
+        adapter_keys: Sequence[PRNGKeyArray | None],
+    ) -> tuple[Array, Array, Array]:
+        """Make queries and keys, turned to their positions, and values."""
+        config, (batch, seq, _) = self.config, x.shape
+        query = self.q_proj(x, adapter_key=adapter_keys[0])
+        query = query.reshape(batch, seq, config.num_attention_heads, config.head_dim)
+        key = self.k_proj(x, adapter_key=adapter_keys[1])
+        key = key.reshape(batch, seq, config.num_key_value_heads, config.head_dim)
+        value = self.v_proj(x, adapter_key=adapter_keys[2])
+        value = value.reshape(batch, seq, config.num_key_value_heads, config.head_dim)
+        if config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return rotate(query, *rope), rotate(key, *rope), value
+
     def __call__(
         self,
         x: Float[Array, "batch seq hidden"],
@@ -82,15 +100,7 @@ class Attention(nnx.Module):
         """Attend to this call's tokens or, with a cache, to every position up to each token's."""
         config, (batch, seq, _) = self.config, x.shape
         keys = keys_of(adapter_key, 4)
-        query = self.q_proj(x, adapter_key=keys[0])
-        query = query.reshape(batch, seq, config.num_attention_heads, config.head_dim)
-        key = self.k_proj(x, adapter_key=keys[1])
-        key = key.reshape(batch, seq, config.num_key_value_heads, config.head_dim)
-        value = self.v_proj(x, adapter_key=keys[2])
-        value = value.reshape(batch, seq, config.num_key_value_heads, config.head_dim)
-        if config.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, *rope), rotate(key, *rope)
+        query, key, value = self.project(x, rope, keys)
         if cache is not None:
             cache = write(cache, key, value, positions)
             key, value = cache.by_slot()
@@ -247,15 +257,16 @@ class Transformer(nnx.Module):
 
     def run_blocks(
         self,
-        block: Callable[..., tuple[Array, LayerCache | None, Routing | None]],
+        block: Callable[..., tuple[Array, LayerCache | None, Any]],
         x: Float[Array, "batch seq hidden"],
         cache: tuple[LayerCache, ...] | None,
         keys: Array | None,
-    ) -> tuple[Float[Array, "batch seq hidden"], tuple[Any, ...], Routing | None]:
+    ) -> tuple[Float[Array, "batch seq hidden"], tuple[Any, ...], Any]:
         """Run all blocks one after another, in the form of the settings, which changes rounding at most.
 
         Args:
-            block: Runs one: (layer, x, its cache, its dropout key) -> (x, cache, routing).
+            block: Runs one: (layer, x, its cache, its dropout key) -> (x, cache, routing); in place of
+                the routing it may tell arrays of its own, which are stacked alike.
             keys: Dropout keys, one for each block and more; None leaves dropout off.
         """
         config = self.config

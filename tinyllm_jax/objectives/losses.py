@@ -11,10 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 from tinyllm_jax.model.layers import matmul_precision
 from tinyllm_jax.model.placement import placement
 
-# On two CPU cores blocks of 256 tokens were the fastest, at vocabularies of 4,096 and 32,000: their logits
-# stay in the cache, and the sum of the head's gradient is not read too often. An accelerator needs
-# larger products to be busy; its number, in bytes of float32 logits, is a guess that keeps memory small.
-CPU_BLOCK_TOKENS = 256
+# On a CPU blocks of 512 tokens were the fastest of 256, 512 and 1024, at vocabularies of 4,096 and 32,000:
+# smaller ones read the sum of the head's gradient too often, larger ones leave the cache. An accelerator
+# needs larger products to be busy; its number, in bytes of float32 logits, is a guess that keeps memory
+# small.
+CPU_BLOCK_TOKENS = 512
 BLOCK_BYTES = 256 * 2**20
 
 
@@ -30,7 +31,8 @@ def cross_entropy_sum(
     Returns:
         Nats.
     """
-    largest = jnp.max(logits, axis=-1, keepdims=True)
+    # It cancels; without a gradient of its own three passes over the logits are saved.
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     log_sum = jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1)) + largest[..., 0]
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(loss_mask, log_sum - chosen, 0.0))
@@ -102,15 +104,16 @@ def _blocked_sum_with_gradients(
         # Products take the model's own type, as they do everywhere in it; sums are wide.
         rows = change.astype(hidden.dtype).reshape(-1, change.shape[-1])
         states_change = product(rows, kernel, (((1,), (vocab_axis,)), ((), ())))
-        operands = (rows, states.reshape(-1, width))
-        operands = operands if vocab_axis == 0 else operands[::-1]
-        matrix_change = product(*operands, (((0,), (0,)), ((), ())))
+        # The vocabulary last: see `Linear`.
+        matrix_change = product(states.reshape(-1, width), rows, (((0,), (0,)), ((), ())))
         sums = (sums[0] + loss, sums[1] + matrix_change)
         return sums, states_change.astype(hidden.dtype).reshape(states.shape)
 
-    start = (jnp.zeros((), wide), jnp.zeros(matrix.shape, wide))
+    start = (jnp.zeros((), wide), jnp.zeros((width, matrix.shape[vocab_axis]), wide))
     cut: Any = tuple(_in_blocks(array, blocks) for array in (hidden, targets, loss_mask))
     (loss, matrix_change), changes = jax.lax.scan(add_block, start, cut)
+    if vocab_axis == 0:
+        matrix_change = matrix_change.T
     changes = changes.swapaxes(0, 1).reshape(hidden.shape[0], -1, width)
     return loss, (changes[:, : hidden.shape[1]], matrix_change.astype(matrix.dtype))
 

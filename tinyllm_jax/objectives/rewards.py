@@ -68,7 +68,7 @@ def load_reward_function(name: str) -> Reward:
         sys.path.insert(0, "")
     try:
         named = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # a module may fail in any way while it is imported
+    except (Exception, SystemExit) as error:  # a module may fail in any way while it is imported
         raise InputError(
             f"rlhf.reward={name}: {said_by(error)}. Name a module that Python finds from here, and a "
             "function in it."
@@ -88,7 +88,7 @@ def load_reward_function(name: str) -> Reward:
             advice = "Mend the function and give the same command again, with --auto-resume."
             try:
                 reward = float(function(messages, text, metadata))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise InputError(f"{where} it failed: {said_by(error)}. {advice}") from error
             if not abs(reward) <= LARGEST:  # nor where it is no number
                 raise InputError(f"{where} it gave {reward}, which is no reward. {advice}")
@@ -98,9 +98,13 @@ def load_reward_function(name: str) -> Reward:
     return judge
 
 
-def said_by(error: Exception) -> str:
+def said_by(error: BaseException) -> str:
     """Write an exception in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    try:
+        text = str(error)
+    except Exception:  # a person's own class may fail at that, too
+        text = ""
+    return " ".join(f"{type(error).__name__}{text and ': '}{text}".split())
 
 
 def make_reward_model(checkpoint: Checkpoint) -> Reward:

@@ -22,6 +22,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ from tinyllm_jax.training.step_folders import (
 FORMAT = 1
 # Orbax keeps a data file in memory until it has this size; by default 2 GB, a second checkpoint.
 DATA_FILE_BYTES = 1 << 24
+# What a task of Orbax says that outlives the failure of another.
+_CLOSED_LOOP = "Event loop is closed"
 NO_MOMENTS: Any = Moments(np.int32(0), {}, {})  # type: ignore[arg-type]
 
 
@@ -138,6 +141,9 @@ def write_step_folder(
                 checkpointer.save((partial / "state").absolute(), args=saved)
             except ValueError as error:
                 raise _as_os_error(error, path=partial) from error
+            except OSError as error:
+                error.filename = error.filename or str(partial)
+                raise
         meta = {
             "format": FORMAT,
             "step": int(step),
@@ -215,7 +221,8 @@ def open_to_resume(path: Path, *, on_damaged: Callable[[str], None]) -> Checkpoi
     if is_ours or not path.exists():
         path = find_checkpoint(path, on_damaged=on_damaged)
         if (path / "state").is_dir():
-            return read_checkpoint(path)
+            with _refusing_what_others_wrote(path):
+                return read_checkpoint(path)
     # By name, since convert reads step folders through this module.
     bundles = importlib.import_module("convert.bundle")
     bundle = importlib.import_module("convert").read(path, say=on_damaged)
@@ -265,6 +272,30 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     )
 
 
+@contextlib.contextmanager
+def _refusing_what_others_wrote(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong with a checkpoint whose checksums are right into one line.
+
+    Checksums tell damage; they do not tell who wrote what they are of.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        FileNotFoundError,
+    ) as error:
+        reason = " ".join(repr(error).split())
+        raise InputError(
+            f"{folder}: no checkpoint that this version writes ({reason[:300]}). Give another one."
+        ) from None
+
+
 def _restore_as_numpy(checkpointer: ocp.Checkpointer, state: Path) -> dict[str, Any]:
     """Restore without a target: one that carries shardings fails on another number of devices."""
     metadata: Any = checkpointer.metadata(state).item_metadata
@@ -278,12 +309,33 @@ def _restore_as_numpy(checkpointer: ocp.Checkpointer, state: Path) -> dict[str, 
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Keep Orbax's informational lines off the terminal; its errors are raised anyway."""
+    """Keep Orbax's lines and tracebacks off the terminal; its errors are raised, and told once.
+
+    After an error its other tasks go on complaining when they end or are collected, at whatever moment.
+    """
+    hooks, libraries = (sys.excepthook, sys.unraisablehook), ("asyncio", "concurrent.futures")
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL + 1)
+
+    def tell_exception(kind: Any, error: BaseException, trace: Any) -> None:
+        if _CLOSED_LOOP not in str(error):
+            hooks[0](kind, error, trace)
+
+    def tell_unraisable(found: Any) -> None:
+        if _CLOSED_LOOP not in str(found.exc_value):
+            hooks[1](found)
+
+    # TensorStore's threads print what they cannot hand to a task through these.
+    sys.excepthook, sys.unraisablehook = tell_exception, tell_unraisable
     try:
         yield
+    except BaseException:
+        for library in libraries:
+            logging.getLogger(library).setLevel(logging.CRITICAL)
+        raise
+    else:
+        sys.excepthook, sys.unraisablehook = hooks
     finally:
         logger.setLevel(level)
 
@@ -293,8 +345,5 @@ def _as_os_error(error: ValueError, *, path: Path) -> Exception:
     found = re.search(r"os_error_code='(\d+)'", str(error))
     if found is None:
         return error
-    # The error is told once; what Orbax's other tasks say of it when they are collected is not.
-    for library in ("asyncio", "concurrent.futures"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
     code = int(found[1])
     return OSError(code, os.strerror(code), str(path))

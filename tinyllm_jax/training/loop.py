@@ -17,13 +17,18 @@ from tinyllm_jax.data.batches import prefetch
 from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.model.weights import Weights
 from tinyllm_jax.training.adapters import make_whole, trained_structure
-from tinyllm_jax.training.checkpoint import save_checkpoint
+from tinyllm_jax.training.checkpoint import read_checkpoint, save_checkpoint
 from tinyllm_jax.training.distributed import hosts, stop_together
+from tinyllm_jax.training.layer_look import is_layer_look, make_layer_look
+from tinyllm_jax.training.loggers import open_loggers
 from tinyllm_jax.training.metrics import MetricsFile
+from tinyllm_jax.training.monitor import Monitor
 from tinyllm_jax.training.parallel import Parallel
 from tinyllm_jax.training.profile import Profile
 from tinyllm_jax.training.progress import Progress, Silent
 from tinyllm_jax.training.report import write_report
+from tinyllm_jax.training.restored_state import restored_state
+from tinyllm_jax.training.rewind import Course, describe_no_rewind, go_back
 from tinyllm_jax.training.step import (
     Fixed,
     LossSums,
@@ -96,7 +101,7 @@ class Outcome:
     state: TrainState
     best: dict[str, Any] | None  # {"step", "loss"} of the lowest validation loss
     stopped_by: signal.Signals | None
-    nonfinite: str  # why the run stopped early, if losses or gradients were not finite
+    nonfinite: str  # why the run stopped early, if its numbers made it
 
 
 def evaluate(
@@ -129,7 +134,8 @@ def fit(
 ) -> Outcome:
     """Train from `state` to `train.max_steps`, saving and looking on the way.
 
-    Batch number s - 1 makes step s, so a state and its step say everything about what comes next.
+    Batch number s - 1 makes step s, unless some are left out, so a state and its step and the settings
+    say everything about what comes next.
 
     Args:
         objective: Batches and loss.
@@ -168,30 +174,59 @@ def fit(
         here.first_writes(folder) as notes,
         MetricsFile(notes / "metrics.jsonl", resume_step=first_step) as metrics,
         shown(first_step=first_step, max_steps=settings.max_steps) as progress,
+        open_loggers(
+            config, folder, past := metrics.rows(), writes=here.is_first, say=progress.note
+        ) as loggers,
         stop_together() as wish,
-        _Feed(objective, config, parallel, first_step=first_step) as feed,
+        _Feed(
+            objective, config, parallel, Course(config, past=past), first_step=first_step
+        ) as feed,
     ):
         profile = Profile(notes, steps=config.run.profile, progress=progress)
+        monitor = Monitor(config, past=past, note=progress.note)
+        metrics.send_to(loggers)
+        look_at_layers = parallel.compile_evaluation_step(
+            make_layer_look(
+                config,
+                objective.loss_sums,
+                objective.loss_weight,
+                corpus.read_rows if corpus else None,
+            )
+        )
         log = StepLog(
             notes,
             config=config,
             train_batch=feed.host_batch,
+            course=feed.course,
+            monitor=monitor,
             devices=parallel.devices,
             metrics=metrics,
             progress=progress,
         )
         looks = _Looks(objective, evaluation_step, parallel, sample, metrics, progress, best)
+        if here.is_first:
+            write_report(folder, goes_on=True)
         if look_first:
             looks.look(whole(state.weights), first_step)
             looks.best = best  # of which there is a checkpoint
-        sizes: set[int] = set()  # of dispatches; each size is a program
-        for steps in dispatches(config, first_step=first_step):
+        if config.monitor.rewinds > 0 and first_step == 0:
+            # So that there always is one to go back to.
+            _save(folder, state, feed.course.write_into(config), identity, best=None, is_best=False)
+        sizes: set[int] = set()  # of dispatches; each size is a program, and 0 a look at the layers
+        for steps in feed:
             asked = time.perf_counter()
             if feed.is_rollout_due(steps):
                 log.write(leave=0)
                 metrics.write([feed.roll_out(steps, whole(state.weights))])
             batch = feed.take(steps)
             waited_seconds = time.perf_counter() - asked
+            if is_layer_look(config, steps):
+                found = look_at_layers((state, fixed), batch)
+                log.add_look(steps[0], found)
+                if 0 not in sizes:
+                    jax.block_until_ready(found)
+                    sizes.add(0)
+                    log.restart_clock()
             profile.before(compiled=len(steps) in sizes)
             state, numbers = train_steps(state, batch, fixed)
             profile.after(steps, numbers)
@@ -211,6 +246,26 @@ def fit(
             is_stop = wish.reached() and may_stop
             if is_look or is_save or is_stop:
                 log.write(leave=0)
+            if trouble := monitor.trouble:
+                path = go_back(
+                    *(folder, config, trouble, feed.course, monitor, metrics, progress),
+                    once=here.first,
+                )
+                if path is None:
+                    nonfinite = describe_no_rewind(config, trouble, rewinds=monitor.rewinds)
+                    is_stop = True
+                else:
+                    back = read_checkpoint(path)
+                    state = restored_state(back, config, parallel)
+                    looks.best = back.best
+                    feed.go_back(back.step)
+                    log.forget()
+                    loggers.begin(metrics.rows(), config)
+                if here.is_first:
+                    write_report(folder, goes_on=not is_stop)
+                if is_stop:
+                    break
+                continue
             if log.longest_streak >= settings.max_nonfinite_steps and may_stop:
                 log.write(leave=0)
                 nonfinite = describe_nonfinite(step, streak=log.longest_streak)
@@ -219,9 +274,10 @@ def fit(
                 improved = is_look and looks.look(whole(state.weights), step)
                 if is_save or is_stop or improved:
                     metrics.flush_to_disk()
-                    _save(folder, state, config, identity, best=looks.best, is_best=improved)
+                    kept = feed.course.write_into(config)
+                    _save(folder, state, kept, identity, best=looks.best, is_best=improved)
                 if here.is_first:
-                    write_report(folder)
+                    write_report(folder, goes_on=not (is_end or is_stop))
                 log.restart_clock()
             if is_stop:
                 break
@@ -233,13 +289,24 @@ class _Feed:
     """Hands over the batches of each dispatch: read ahead, or made with the weights in training."""
 
     def __init__(
-        self, objective: Objective, config: Config, parallel: Parallel, *, first_step: int
+        self,
+        objective: Objective,
+        config: Config,
+        parallel: Parallel,
+        course: Course,
+        *,
+        first_step: int,
     ):
         self._objective, self._rollouts, self._parallel = objective, objective.rollouts, parallel
-        self._passes = config.train.gradient_accumulation_steps
+        self._config, self._passes = config, config.train.gradient_accumulation_steps
         self._own_rows = parallel.own_rows(passes=self._passes)
         self._rolled: HostBatch = {}
-        steps = () if self._rollouts else dispatches(config, first_step=first_step)
+        self.course = course
+        self._begin(first_step)
+
+    def _begin(self, first_step: int) -> None:
+        self._left = dispatches(self._config, first_step=first_step)
+        steps = () if self._rollouts else dispatches(self._config, first_step=first_step)
         self._reading = prefetch(self._read, steps, depth=PREFETCH_DEPTH)
 
     def __enter__(self) -> "_Feed":
@@ -249,8 +316,19 @@ class _Feed:
     def __exit__(self, *error: Any) -> None:
         self._reading.__exit__(*error)
 
+    def __iter__(self) -> Iterator[range]:
+        """Give the steps of each dispatch, also after going back."""
+        while steps := next(self._left, None):
+            yield steps
+
+    def go_back(self, step: int) -> None:
+        """Go on after an earlier step, with the batches that its course has by now."""
+        self.__exit__(None, None, None)
+        self._begin(step)
+        self.__enter__()
+
     def _read(self, steps: range) -> dict[str, Any]:
-        numbers, corpus = [step - 1 for step in steps], self._objective.corpus
+        numbers, corpus = [*map(self.course.batch, steps)], self._objective.corpus
         if corpus:
             batches = [*map(corpus.places, numbers)]
         else:

@@ -348,6 +348,10 @@ class PmapPlacement(Placement):
         """Add up over the devices."""
         return jax.lax.psum(numbers, PMAP_AXIS)
 
+    def largest(self, number: Array) -> Array:
+        """Take the largest of the devices."""
+        return jax.lax.pmax(number, PMAP_AXIS)
+
 
 def make_parallel(config: Config) -> Parallel:
     """Divide a run among the devices that there are, as the settings say.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from tinyllm_jax.config import (
@@ -36,8 +36,11 @@ from tinyllm_jax.training.checkpoint import (
     write_step_folder,
 )
 from tinyllm_jax.training.distributed import Hosts
-from tinyllm_jax.training.optim import Moments, has_second_moment, write_moments
+from tinyllm_jax.training.environment import add_start, read_starts
+from tinyllm_jax.training.optim import has_second_moment
 from tinyllm_jax.training.parallel import Parallel
+from tinyllm_jax.training.restored_state import restored_state
+from tinyllm_jax.training.rewind import keep_left_out
 from tinyllm_jax.training.start_rules import (
     SNAPSHOT,
     changes,
@@ -83,6 +86,7 @@ class Start:
     folder: Path  # the run folder
     resumed: Checkpoint | None  # goes on exactly from here
     initial: Checkpoint | None  # takes the weights and the tokenizer from here
+    preset: str | None = None  # whose settings it begins with, if not those of a checkpoint
 
     @property
     def source(self) -> Checkpoint | None:
@@ -109,7 +113,11 @@ def find_folder(preset: str | None, overrides: Mapping[str, Any]) -> Path:
     run = {key: value for key, value in overrides.items() if key.startswith("run.")}
     if preset is not None:
         run = read_preset(preset)[1] | run
+    # What is no text is told of with the other settings.
+    run = {key: value for key, value in run.items() if isinstance(value, str)}
     if run.get("run.out"):
+        if "\0" in run["run.out"]:
+            raise InputError("run.out has a NUL character, which no folder has. Leave it out.")
         folder = Path(run["run.out"])
         # A link, or `.`, is another name of the folder, which must have one name to be locked.
         return folder.resolve() if folder.is_symlink() or not folder.name else folder
@@ -125,7 +133,8 @@ def find_folder(preset: str | None, overrides: Mapping[str, Any]) -> Path:
         if is_run(path) or (path / "checkpoints").is_dir():
             return path
         preset = preset or path.stem  # from elsewhere, and no place to go on in
-    mode = run.get("run.mode", Config().run.mode)
+    mode = run.get("run.mode", "")
+    mode = mode if mode in DEFAULT_PRESETS else Config().run.mode
     name = Path(preset or DEFAULT_PRESETS["pretrain"]).stem
     if preset is None and mode != "pretrain" and run.get("run.init_from"):
         name = run_name(Path(run["run.init_from"]))
@@ -202,11 +211,13 @@ def find_start(
             "--init-from: a run folder, or anything that convert reads."
         )
     if resumed:
+        config = keep_left_out(config, resumed.config)
         check_model(resumed, config, goes_on=True)
         check_resume(resumed, config, folder)
         for key, (old, new) in changes(resumed, config).items():
             say(f"note: {key} was {old} and is {new} from step {resumed.step} on.")
-    return Start(config, folder, resumed, initial)
+    usual = None if resumed else DEFAULT_PRESETS.get(run.mode, "tiny")
+    return Start(config, folder, resumed, initial, preset or usual)
 
 
 def path_to_resume(overrides: Mapping[str, Any], folder: Path) -> Path | None:
@@ -313,7 +324,9 @@ def check_folder(folder: Path) -> None:
 def open_folder(start: Start, prepared: RunData, *, say: Callable[[str], None]) -> None:
     """Make the run folder ready: an older run is set aside, a resumed one goes on."""
     folder, resumed = start.folder, start.resumed
-    metrics = b""
+    metrics, starts = b"", []
+    if resumed and resumed.folder.parent.name == "checkpoints":
+        starts = read_starts(resumed.folder.parents[1])
     if resumed and is_run_of(resumed, folder):
         for step, path in step_folders(folder):
             if step > resumed.step:  # damaged, or check_resume would have refused
@@ -335,8 +348,26 @@ def open_folder(start: Start, prepared: RunData, *, say: Callable[[str], None]) 
     prepared.tokenizer.save(folder)
     if metrics:
         write_file(folder / "metrics.jsonl", metrics)
+    add_start(
+        folder,
+        earlier=starts,
+        step=resumed.step if resumed else 0,
+        preset=usual_settings(start),
+        device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        packages=("jax", "jaxlib", "flax", "optax", "orbax-checkpoint"),
+    )
     if best := best_so_far(start):
         mark_best(folder, best["step"])
+
+
+def usual_settings(start: Start) -> tuple[str, dict[str, Any]] | None:
+    """Name the preset that a run begins with, and what it sets, the model it takes over included."""
+    if start.preset is None:
+        return None
+    model = {}
+    if start.initial and start.config.run.mode != "pretrain":
+        model = model_table(start.initial.config)
+    return start.preset, {**model, **read_preset(start.preset)[1]}
 
 
 def keep_reference(start: Start) -> None:
@@ -437,19 +468,7 @@ def first_state(start: Start, parallel: Parallel) -> TrainState:
         return parallel.make_state(untrained)
     if start.resumed is None and config.lora.rank > 0:
         return first_adapters(start, parallel)
+    if start.resumed:
+        return restored_state(start.resumed, config, parallel)
     weights = parallel.place_weights(start.source.weights, dtype)
-    state = parallel.make_state(lambda weights: new_state(config, weights), weights)
-    if start.resumed is None:
-        return state
-    moments, streak = start.resumed.moments, start.resumed.nonfinite_streak
-    first, second = (
-        parallel.place_weights(each, dtype) for each in (moments.first, moments.second)
-    )
-    resumed = TrainState(
-        step=jnp.asarray(start.resumed.step, jnp.int32),
-        weights=state.weights,
-        optimizer_state=write_moments(state.optimizer_state, Moments(moments.count, first, second)),
-        # A run that stopped at the limit gets as many tries again.
-        nonfinite_streak=jnp.asarray(streak % config.train.max_nonfinite_steps, jnp.int32),
-    )
-    return parallel.place_state(resumed)
+    return parallel.make_state(lambda weights: new_state(config, weights), weights)

@@ -62,6 +62,7 @@ def make_train_step(
     loss_sums: LossSums,
     loss_weight: LossWeight,
     read_rows: ReadRows | None = None,
+    tell: Callable[[Weights, Weights, Weights], dict[str, Any]] | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Build the step: gradients over all passes, clip, update, unless a number is not finite.
 
@@ -73,6 +74,9 @@ def make_train_step(
     however unevenly the passes are filled.
 
     A loss or gradient that is not finite leaves weights, moments and their count as they were.
+
+    Args:
+        tell: Makes more numbers to tell, of gradients, weights before and weights after.
     """
     optimizer, schedule = make_optimizer(config), learning_rate_schedule(config)
     passes = config.train.gradient_accumulation_steps
@@ -137,6 +141,8 @@ def make_train_step(
             "targets": total,
             "nonfinite_streak": new.nonfinite_streak,
         }
+        if tell is not None:
+            metrics |= tell(gradients, state.weights, weights)
         return new, metrics
 
     return train_step

@@ -5,6 +5,7 @@ Both packages finish, check, mark and remove them here; this module imports neit
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ REFERENCE = "reference"
 def step_folders(run: Path) -> list[tuple[int, Path]]:
     """List the finished checkpoints of a run, oldest first."""
     folder = run / "checkpoints"
-    names = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    names = [path for path in folder.iterdir() if re.fullmatch("[0-9]+", path.name)] if folder.is_dir() else []
     return sorted((int(path.name), path) for path in names)
 
 
@@ -70,7 +71,7 @@ def damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if sha256_of_file(folder / name) != expected:
                 return f"{name} does not have its checksum"
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         return f"its files cannot be read and compared with checksums.json ({error})"
     unknown = set(_files_below(folder)) - set(sums) - {"checksums.json"}
     if unknown:

@@ -13,7 +13,9 @@ from tinyllm_jax.data.files import replacing
 from tinyllm_jax.model.weights import flops_per_token
 from tinyllm_jax.training.devices import peak_flops
 from tinyllm_jax.training.metrics import MetricsFile
+from tinyllm_jax.training.monitor import Monitor
 from tinyllm_jax.training.progress import Progress
+from tinyllm_jax.training.rewind import Course
 
 # Slow steps are written before a whole log interval has passed.
 WRITE_INTERVAL_SECONDS = 5.0
@@ -25,6 +27,8 @@ class StepLog:
     Args:
         folder: The run folder.
         train_batch: Gives a batch again, to be kept where its numbers are not finite.
+        course: Tells which batch a step took.
+        monitor: Judges the rows.
         devices: How many compute the steps.
         metrics: Takes the rows.
         progress: Shows the newest one.
@@ -36,14 +40,22 @@ class StepLog:
         *,
         config: Config,
         train_batch: Callable[[int], dict[str, np.ndarray]],
+        course: Course,
+        monitor: Monitor,
         devices: int,
         metrics: MetricsFile,
         progress: Progress,
     ):
         self._folder, self._config, self._train_batch = folder, config, train_batch
         self._metrics, self._progress = metrics, progress
+        self._course, self._monitor = course, monitor
         self._peak_flops = peak_flops(devices=devices)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew: of the steps so far nothing more is to be written."""
         self._pending: list[tuple[range, dict[str, jax.Array]]] = []
+        self._looks: dict[int, dict[str, dict[str, jax.Array]]] = {}  # at the layers, by step
         self.longest_streak = 0  # steps in a row whose loss or gradient was not finite
         self.restart_clock()
 
@@ -62,6 +74,10 @@ class StepLog:
         """
         self._pending.append((steps, numbers))
         self._waited_seconds += waited_seconds
+
+    def add_look(self, step: int, numbers: dict[str, dict[str, jax.Array]]) -> None:
+        """Take what a look at the layers found, as numbers by layer."""
+        self._looks[step] = numbers
 
     def write_due(self, steps: range) -> None:
         """Write finished steps if it is time to; those just handed over are left to the device."""
@@ -90,6 +106,8 @@ class StepLog:
         rows: list[dict[str, Any]] = []
         last: dict[str, Any] = {}
         by_layer: dict[str, Any] = {}  # of the newest step; of all steps it would fill the file
+        looks = {step: self._looks.pop(step) for step in steps if step in self._looks}
+        looks = jax.device_get(looks)
         for step, numbers in zip(steps, fetched, strict=True):
             plain = {name: np.asarray(value).tolist() for name, value in numbers.items()}
             by_layer = {name: plain.pop(name) for name in [*plain] if isinstance(plain[name], list)}
@@ -100,6 +118,11 @@ class StepLog:
             rows.append(last)
             if is_skipped:
                 rows.append(self._keep_batch(step))
+            rows += self._monitor.judge(last, streak=streak)
+            if step in looks:
+                look = jax.tree.map(float, looks[step])
+                rows.append({"kind": "monitor", "step": step, **look})
+                rows += self._monitor.judge_layers(rows[-1])
         if by_layer:
             rows.append({"kind": "layers", "step": last["step"], **by_layer})
         rows.append(self._speed(last))
@@ -132,11 +155,11 @@ class StepLog:
 
     def _keep_batch(self, step: int) -> dict[str, Any]:
         """Save the batch of a step whose loss or gradient was not finite, and say where."""
-        path = self._folder / "nonfinite" / f"step_{step}.npz"
+        path, number = self._folder / "nonfinite" / f"step_{step}.npz", self._course.batch(step)
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **self._train_batch(step - 1))  # type: ignore[arg-type]
+            np.savez(file, **self._train_batch(number))  # type: ignore[arg-type]
         self._progress.note(
             f"step {step}: loss or gradient not finite; weights left as they were, batch kept in "
             f"{path}"
         )
-        return {"kind": "nonfinite", "step": step, "batch": step - 1, "file": path.name}
+        return {"kind": "nonfinite", "step": step, "batch": number, "file": path.name}

@@ -59,6 +59,18 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
         self.config = config
 
+    def project(
+        self, x: Float[Tensor, "batch seq hidden"], rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Make queries and keys, turned to their positions, and values."""
+        config, (batch, seq, _) = self.config, x.shape
+        query = self.q_proj(x).reshape(batch, seq, config.num_attention_heads, config.head_dim)
+        key = self.k_proj(x).reshape(batch, seq, config.num_key_value_heads, config.head_dim)
+        value = self.v_proj(x).reshape(batch, seq, config.num_key_value_heads, config.head_dim)
+        if config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return rotate(query, *rope), rotate(key, *rope), value
+
     def forward(
         self,
         x: Float[Tensor, "batch seq hidden"],
@@ -71,12 +83,7 @@ class Attention(nn.Module):
     ) -> tuple[Float[Tensor, "batch seq hidden"], LayerCache | None]:
         """Attend to this call's tokens or, with a cache, to every position up to each token's."""
         config, (batch, seq, _) = self.config, x.shape
-        query = self.q_proj(x).reshape(batch, seq, config.num_attention_heads, config.head_dim)
-        key = self.k_proj(x).reshape(batch, seq, config.num_key_value_heads, config.head_dim)
-        value = self.v_proj(x).reshape(batch, seq, config.num_key_value_heads, config.head_dim)
-        if config.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, *rope), rotate(key, *rope)
+        query, key, value = self.project(x, rope)
         if cache is not None:
             cache = write(cache, key, value, positions)
             key, value = cache

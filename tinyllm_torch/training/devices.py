@@ -10,6 +10,12 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def describe_device() -> str:
+    """Name it for people."""
+    device = default_device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"1 x {device.type}"
+
+
 def measured_tflops(*, seconds: float) -> float:
     """Measure the best rate of a square product for about `seconds`.
 

@@ -15,14 +15,18 @@ import torch
 from tinyllm_jax.config import Config
 from tinyllm_jax.data.batches import prefetch
 from tinyllm_jax.data.tokenizer import Tokenizer
+from tinyllm_jax.training.loggers import open_loggers
 from tinyllm_jax.training.metrics import MetricsFile
+from tinyllm_jax.training.monitor import Monitor
 from tinyllm_jax.training.progress import Progress
 from tinyllm_jax.training.report import write_report
+from tinyllm_jax.training.rewind import Course, describe_no_rewind, go_back
 from tinyllm_jax.training.signals import stop_on_signals
 from tinyllm_jax.training.step_folders import mark_best, prune_checkpoints
 from tinyllm_torch.model.transformer import Transformer
 from tinyllm_torch.model.weights import Weights
-from tinyllm_torch.training.checkpoint import save_checkpoint
+from tinyllm_torch.training.checkpoint import read_checkpoint, save_checkpoint
+from tinyllm_torch.training.start import restored_state
 from tinyllm_torch.training.step import (
     LossSums,
     LossWeight,
@@ -63,7 +67,7 @@ class Outcome:
     state: TrainState
     best: dict[str, Any] | None  # {"step", "loss"} of the lowest validation loss
     stopped_by: signal.Signals | None
-    nonfinite: str  # why the run stopped early, if losses or gradients were not finite
+    nonfinite: str  # why the run stopped early, if its numbers made it
 
 
 def evaluate(
@@ -91,7 +95,8 @@ def fit(
 ) -> Outcome:
     """Train from `state` to `train.max_steps`, saving and looking on the way.
 
-    Batch number s - 1 makes step s, so a state and its step say everything about what comes next.
+    Batch number s - 1 makes step s, unless some are left out, so a state and its step and the settings
+    say everything about what comes next.
 
     Args:
         objective: Batches and loss.
@@ -110,15 +115,20 @@ def fit(
     with (
         MetricsFile(folder / "metrics.jsonl", resume_step=first_step) as metrics,
         Progress(first_step=first_step, max_steps=settings.max_steps) as progress,
+        open_loggers(
+            config, folder, past := metrics.rows(), writes=True, say=progress.note
+        ) as loggers,
         stop_on_signals() as wish,
-        prefetch(
-            objective.train_batch, itertools.count(first_step), depth=PREFETCH_DEPTH
-        ) as batches,
+        _Batches(objective, Course(config, past=past), first_step=first_step) as batches,
     ):
+        metrics.send_to(loggers)
+        monitor, course = Monitor(config, past=past, note=progress.note), batches.course
         log = StepLog(
             folder,
             config=config,
             train_batch=objective.train_batch,
+            course=course,
+            monitor=monitor,
             metrics=metrics,
             progress=progress,
         )
@@ -146,7 +156,7 @@ def fit(
             save_checkpoint(
                 folder,
                 state,
-                config=config,
+                config=course.write_into(config),
                 tokenizer=identity.tokenizer,
                 dataset_hash=identity.dataset_hash,
                 best=best,
@@ -156,9 +166,13 @@ def fit(
             best_step = best["step"] if best else None
             prune_checkpoints(folder, keep=config.checkpoint.keep, best_step=best_step)
 
-        for step in range(first_step + 1, settings.max_steps + 1):
+        write_report(folder, goes_on=True)
+        if config.monitor.rewinds > 0 and first_step == 0:
+            save(is_best=False)  # so that there always is one to go back to
+        while state.step < settings.max_steps:
+            step = state.step + 1
             asked = time.perf_counter()
-            batch = next(batches)
+            batch = next(batches.ahead)
             waited_seconds = time.perf_counter() - asked
             state, numbers = train_step(state, batch)
             log.add(step, numbers, waited_seconds=waited_seconds)
@@ -172,6 +186,24 @@ def fit(
             is_stop = wish.received is not None
             if is_look or is_save or is_stop:
                 log.write()
+            if trouble := monitor.trouble:
+                path = go_back(
+                    *(folder, config, trouble, course, monitor, metrics, progress),
+                    once=lambda work: work(),
+                )
+                if path is None:
+                    nonfinite = describe_no_rewind(config, trouble, rewinds=monitor.rewinds)
+                    is_stop = True
+                else:
+                    back = read_checkpoint(path)
+                    state, best = restored_state(back, config), back.best
+                    batches.go_back(back.step)
+                    log.forget()
+                    loggers.begin(metrics.rows(), config)
+                write_report(folder, goes_on=not is_stop)
+                if is_stop:
+                    break
+                continue
             if log.longest_streak >= settings.max_nonfinite_steps:
                 log.write()
                 nonfinite = describe_nonfinite(step, streak=log.longest_streak)
@@ -180,11 +212,40 @@ def fit(
                 improved = is_look and look(step)
                 if is_save or is_stop or improved:
                     save(is_best=improved)
-                write_report(folder)
+                write_report(folder, goes_on=not (is_end or is_stop))
                 log.restart_clock()
             if is_stop:
                 break
     return Outcome(state, best, wish.received, nonfinite)
+
+
+class _Batches:
+    """The batches of each step, read ahead."""
+
+    def __init__(self, objective: Objective, course: Course, *, first_step: int):
+        self._objective, self.course = objective, course
+        self._begin(first_step)
+
+    def _begin(self, first_step: int) -> None:
+        steps = itertools.count(first_step + 1)
+        self._reading = prefetch(
+            lambda step: self._objective.train_batch(self.course.batch(step)),
+            steps,
+            depth=PREFETCH_DEPTH,
+        )
+
+    def __enter__(self) -> "_Batches":
+        self.ahead = self._reading.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._reading.__exit__(*error)
+
+    def go_back(self, step: int) -> None:
+        """Go on after an earlier step, with the batches that the course has by now."""
+        self.__exit__(None, None, None)
+        self._begin(step)
+        self.__enter__()
 
 
 def describe_nonfinite(step: int, *, streak: int) -> str:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyllm_jax.config import Config, config_to_table, load_config
+from tinyllm_jax.config import Config, config_to_table, load_config, read_preset
 from tinyllm_jax.data.files import write_file
 from tinyllm_jax.data.prepare import PreparedData
 from tinyllm_jax.errors import InputError
+from tinyllm_jax.training.environment import add_start, read_starts
+from tinyllm_jax.training.rewind import keep_left_out
 from tinyllm_jax.training.start_rules import (
     SNAPSHOT,
     changes,
@@ -26,7 +28,7 @@ from tinyllm_jax.training.start_rules import (
 from tinyllm_jax.training.step_folders import step_folders
 from tinyllm_torch.model.weights import as_tensors, initial_weights
 from tinyllm_torch.training.checkpoint import Checkpoint, open_checkpoint
-from tinyllm_torch.training.devices import default_device
+from tinyllm_torch.training.devices import default_device, describe_device
 from tinyllm_torch.training.optim import Moments, has_second_moment
 from tinyllm_torch.training.step import TrainState, new_state
 
@@ -41,6 +43,7 @@ class Start:
     folder: Path  # the run folder
     resumed: Checkpoint | None  # goes on exactly from here
     initial: Checkpoint | None  # takes the weights and the tokenizer from here
+    preset: str | None  # whose settings it begins with, if not those of a checkpoint
 
     @property
     def source(self) -> Checkpoint | None:
@@ -89,11 +92,12 @@ def find_start(
     if initial:
         check_model(initial, config, goes_on=False)
     if resumed:
+        config = keep_left_out(config, resumed.config)
         check_model(resumed, config, goes_on=True)
         check_resume(resumed, config, folder)
         for key, (old, new) in changes(resumed, config).items():
             say(f"note: {key} was {old} and is {new} from step {resumed.step} on.")
-    return Start(config, folder, resumed, initial)
+    return Start(config, folder, resumed, initial, preset or (None if resumed else DEFAULT_PRESET))
 
 
 def check_resume(checkpoint: Checkpoint, config: Config, folder: Path) -> None:
@@ -142,6 +146,17 @@ def open_folder(start: Start, prepared: PreparedData) -> None:
     write_file(folder / "dataset_stats.json", stats.encode())
     snapshot = json.dumps(config_to_table(start.config), indent=1)
     write_file(folder / SNAPSHOT, snapshot.encode())
+    starts = []
+    if resumed and resumed.folder.parent.name == "checkpoints":
+        starts = read_starts(resumed.folder.parents[1])
+    add_start(
+        folder,
+        earlier=starts,
+        step=resumed.step if resumed else 0,
+        preset=(start.preset, read_preset(start.preset)[1]) if start.preset else None,
+        device=describe_device(),
+        packages=("torch",),
+    )
 
 
 def best_so_far(start: Start) -> dict[str, Any] | None:
@@ -155,21 +170,23 @@ def best_so_far(start: Start) -> dict[str, Any] | None:
 def first_state(start: Start) -> TrainState:
     """Make the state that training begins with."""
     config, device = start.config, default_device()
+    if start.resumed:
+        return restored_state(start.resumed, config)
     if start.source is None:
         weights = initial_weights(config.model, seed=config.train.seed)
     else:
         weights = start.source.weights
-    weights = as_tensors(weights, config.model, device=device)
-    state = new_state(config, weights)
-    if start.resumed is None:
-        return state
-    count, *moments = start.resumed.moments
+    return new_state(config, as_tensors(weights, config.model, device=device))
+
+
+def restored_state(checkpoint: Checkpoint, config: Config) -> TrainState:
+    """Make the state in which a run goes on exactly where a checkpoint was written."""
+    device, (count, *moments) = default_device(), checkpoint.moments
     first, second = (as_tensors(each, config.model, device=device) for each in moments)
-    streak = start.resumed.nonfinite_streak
     return TrainState(
-        step=start.resumed.step,
-        weights=weights,
+        step=checkpoint.step,
+        weights=as_tensors(checkpoint.weights, config.model, device=device),
         optimizer_state=Moments(count, first, second),
         # A run that stopped at the limit gets as many tries again.
-        nonfinite_streak=streak % config.train.max_nonfinite_steps,
+        nonfinite_streak=checkpoint.nonfinite_streak % config.train.max_nonfinite_steps,
     )

@@ -10,7 +10,9 @@ import numpy as np
 from tinyllm_jax.config import Config
 from tinyllm_jax.data.files import replacing
 from tinyllm_jax.training.metrics import MetricsFile
+from tinyllm_jax.training.monitor import Monitor
 from tinyllm_jax.training.progress import Progress
+from tinyllm_jax.training.rewind import Course
 from tinyllm_torch.model.weights import flops_per_token
 from tinyllm_torch.training.devices import peak_flops
 
@@ -24,6 +26,8 @@ class StepLog:
     Args:
         folder: The run folder.
         train_batch: Gives a batch again, to be kept where its numbers are not finite.
+        course: Tells which batch a step took.
+        monitor: Judges the rows.
         metrics: Takes the rows.
         progress: Shows the newest one.
     """
@@ -34,12 +38,19 @@ class StepLog:
         *,
         config: Config,
         train_batch: Callable[[int], dict[str, np.ndarray]],
+        course: Course,
+        monitor: Monitor,
         metrics: MetricsFile,
         progress: Progress,
     ):
         self._folder, self._config, self._train_batch = folder, config, train_batch
         self._metrics, self._progress = metrics, progress
+        self._course, self._monitor = course, monitor
         self._peak_flops = peak_flops()
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew: of the steps so far nothing more is to be written."""
         self._pending: list[tuple[int, dict[str, Any]]] = []
         self.longest_streak = 0  # steps in a row whose loss or gradient was not finite
         self.restart_clock()
@@ -84,6 +95,7 @@ class StepLog:
             rows.append(last)
             if is_skipped:
                 rows.append(self._keep_batch(step))
+            rows += self._monitor.judge(last, streak=streak)
         if by_layer:
             rows.append({"kind": "layers", "step": last["step"], **by_layer})
         rows.append(self._speed(last))
@@ -116,11 +128,11 @@ class StepLog:
 
     def _keep_batch(self, step: int) -> dict[str, Any]:
         """Save the batch of a step whose loss or gradient was not finite, and say where."""
-        path = self._folder / "nonfinite" / f"step_{step}.npz"
+        path, number = self._folder / "nonfinite" / f"step_{step}.npz", self._course.batch(step)
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **self._train_batch(step - 1))  # type: ignore[arg-type]
+            np.savez(file, **self._train_batch(number))  # type: ignore[arg-type]
         self._progress.note(
             f"step {step}: loss or gradient not finite; weights left as they were, batch kept in "
             f"{path}"
         )
-        return {"kind": "nonfinite", "step": step, "batch": step - 1, "file": path.name}
+        return {"kind": "nonfinite", "step": step, "batch": number, "file": path.name}

@@ -1,0 +1,1 @@
+"""The HTTP side of `serve`: OpenAI's endpoints over `inference.service`."""

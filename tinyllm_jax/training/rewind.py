@@ -1,0 +1,198 @@
+"""Which batch each step takes, and how a run goes back to an earlier checkpoint by itself.
+
+Batch number s - 1 makes step s, unless some are left out: then the numbers close up, so that a step and
+the list of those left out still say everything about what comes next. The list is a setting
+(`monitor.skip_batches`), which every checkpoint holds, converted or not; this module imports no framework.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tinyllm_jax.config import Config
+from tinyllm_jax.data.files import free_name
+from tinyllm_jax.training.metrics import MetricsFile
+from tinyllm_jax.training.monitor import Monitor, Trouble
+from tinyllm_jax.training.progress import Progress
+from tinyllm_jax.training.step_folders import damage, mark_best, step_folders
+
+
+class Course:
+    """The batches of a run: all in order, but those that are left out.
+
+    Args:
+        config: Names batches that are.
+        past: The rows of metrics so far; rewinds among them name more.
+    """
+
+    def __init__(self, config: Config, *, past: Iterable[Mapping[str, Any]]):
+        spans = [*config.monitor.skip_batches]
+        spans += [row["batches"] for row in past if row["kind"] == "rewind"]
+        self._spans: list[tuple[int, int]] = []
+        self._add(spans)
+
+    def batch(self, step: int) -> int:
+        """Give the number, from 0, of the batch of a step, from 1."""
+        number = step - 1
+        for first, last in self._spans:
+            if number < first:
+                break
+            number += last - first + 1
+        return number
+
+    def leave_out(self, first: int, last: int) -> str:
+        """Leave out the batches of some steps, which are taken again with others, and name them."""
+        span = _as_text((self.batch(first), self.batch(last)))
+        self._add([span])
+        return span
+
+    def write_into(self, config: Config) -> Config:
+        """Give the settings with all that is left out."""
+        spans = tuple(map(_as_text, self._spans))
+        return dataclasses.replace(
+            config, monitor=dataclasses.replace(config.monitor, skip_batches=spans)
+        )
+
+    def _add(self, spans: Sequence[str]) -> None:
+        """Keep spans in order, those that touch as one."""
+        merged: list[tuple[int, int]] = []
+        for first, last in sorted([*self._spans, *map(_as_numbers, spans)]):
+            if merged and first <= merged[-1][1] + 1:
+                merged[-1] = (merged[-1][0], max(merged[-1][1], last))
+            else:
+                merged.append((first, last))
+        self._spans = merged
+
+
+def keep_left_out(config: Config, earlier: Config) -> Config:
+    """Leave out in a resumed run, besides, what its checkpoint's settings do."""
+    missing = [
+        span for span in earlier.monitor.skip_batches if span not in config.monitor.skip_batches
+    ]
+    if not missing:
+        return config
+    settings = dataclasses.replace(
+        config.monitor, skip_batches=(*config.monitor.skip_batches, *missing)
+    )
+    return dataclasses.replace(config, monitor=settings)
+
+
+def go_back(
+    folder: Path,
+    config: Config,
+    trouble: Trouble,
+    course: Course,
+    monitor: Monitor,
+    metrics: MetricsFile,
+    progress: Progress,
+    *,
+    once: Callable[[Callable[[], None]], None],
+) -> Path | None:
+    """Take a run, but its weights, back to before some trouble, and give the checkpoint to read then.
+
+    None where that may not be done again, or cannot.
+
+    Args:
+        once: Does what only one process of the run does, before the others go on.
+    """
+    if monitor.rewinds >= config.monitor.rewinds:
+        return None
+    found = checkpoint_before(folder, config, trouble, note=progress.note)
+    if found is None:
+        return None
+    step, path = found
+    best = json.loads((path / "meta.json").read_text())["best"]
+    first = max(first_left_out(config, trouble), step + 1)
+    batches = course.leave_out(first, trouble.last)
+    row = rewind_row(step, trouble, first=first, batches=batches, number=monitor.rewinds + 1)
+    # First: a run that is killed here goes on from that checkpoint, and comes here again.
+    once(lambda: set_aside_later(folder, step=step, best=best))
+    metrics.go_back(step, row)
+    monitor.go_back(metrics.rows())
+    progress.note(row["text"])
+    progress.advance(step)
+    return path
+
+
+def first_left_out(config: Config, trouble: Trouble) -> int:
+    """Give the first step whose batch a rewind leaves out, if the run goes back that far."""
+    return max(trouble.first - config.monitor.rewind_batches + 1, 1)
+
+
+def checkpoint_before(
+    folder: Path, config: Config, trouble: Trouble, *, note: Callable[[str], None]
+) -> tuple[int, Path] | None:
+    """Find the checkpoint to go back to, as its step and folder.
+
+    It is the newest one from before all batches that are left out; where none is left from then, the
+    oldest one from before the trouble.
+    """
+    wanted, good = first_left_out(config, trouble), []
+    for step, path in reversed(step_folders(folder)):
+        if step >= trouble.first:
+            continue
+        if problem := damage(path):
+            note(f"{path}: damaged checkpoint ({problem}); the one before it is used.")
+            continue
+        good.append((step, path))
+        if step < wanted:
+            break
+    return good[-1] if good else None
+
+
+def set_aside_later(folder: Path, *, step: int, best: Mapping[str, Any] | None) -> None:
+    """Take the checkpoints after a step out of the run, and let `best` point at the best before it."""
+    for later, path in step_folders(folder):
+        if later > step:
+            path.rename(free_name(path.with_name(f"{later}.rewound")))
+    if best and (folder / "checkpoints" / str(best["step"])).is_dir():
+        mark_best(folder, best["step"])
+    else:
+        (folder / "best").unlink(missing_ok=True)
+
+
+def rewind_row(
+    step: int, trouble: Trouble, *, first: int, batches: str, number: int
+) -> dict[str, Any]:
+    """Make the row of metrics that tells of a rewind to a step; it stays however often that step comes.
+
+    Args:
+        first: First step whose batch is left out.
+        batches: Their numbers.
+        number: Of this rewind, from 1.
+    """
+    return {
+        "kind": "rewind",
+        "step": step,
+        "number": number,
+        "first_step": first,
+        "last_step": trouble.last,
+        "batches": batches,
+        "text": f"step {trouble.last}: {trouble.what}. Back to step {step}; the batches of steps {first} "
+        f"to {trouble.last} ({batches}) are left out.",
+    }
+
+
+def describe_no_rewind(config: Config, trouble: Trouble, *, rewinds: int) -> str:
+    """Say why a run that cannot go back any more ends, and what to try."""
+    reason = (
+        f"all {config.monitor.rewinds} rewinds are used up"
+        if rewinds >= config.monitor.rewinds
+        else "there is no earlier checkpoint to go back to"
+    )
+    return (
+        f"stopped at step {trouble.last}: {trouble.what}, and {reason}. The newest checkpoint is from "
+        "before that. Try a lower --learning-rate or a longer --warmup-steps."
+    )
+
+
+def _as_numbers(span: str) -> tuple[int, int]:
+    first, _, last = span.partition("-")
+    return int(first), int(last or first)
+
+
+def _as_text(span: tuple[int, int]) -> str:
+    first, last = span
+    return str(first) if first == last else f"{first}-{last}"

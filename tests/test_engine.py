@@ -256,7 +256,9 @@ def test_more_room_than_positions_is_refused(weights: Any) -> None:
 
 
 def test_less_room_ends_answers_earlier(weights: Any) -> None:
-    engine = Engine(CONFIG, weights, tokens=CONFIG.vocab_size, settings=EngineConfig(slots=1, context=30))
+    engine = Engine(
+        CONFIG, weights, tokens=CONFIG.vocab_size, settings=EngineConfig(slots=1, context=30)
+    )
     engine.compile()
     answer = Answer(engine, request(4, prompt_ids=[1, 2, 3]))
     finish(engine)

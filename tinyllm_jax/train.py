@@ -138,7 +138,8 @@ def wants_dry_run(preset: str | None, overrides: Mapping[str, Any]) -> bool:
     Needed before the settings are checked, since a dry run locks no folder.
     """
     table = {**(read_preset(preset)[1] if preset else {}), **overrides}
-    return str(table.get("run.dry_run", False)).lower() == "true"
+    value = table.get("run.dry_run", False)
+    return value is True or (isinstance(value, str) and value.lower() == "true")
 
 
 def set_up_jax(config: Config) -> None:

@@ -96,6 +96,7 @@ def _refusing_what_others_wrote(folder: Path) -> Iterator[None]:
         AttributeError,
         RecursionError,
         OverflowError,
+        FileNotFoundError,
     ) as error:
         reason = str(error) if isinstance(error, InputError) else repr(error)
         raise InputError(

@@ -53,6 +53,17 @@ class SentencePieceTokenizer:
                     f"{origin}: this SentencePiece model has no {name} token, and every document "
                     f"needs one. Train it with --{name}_id, or use another tokenizer."
                 )
+        # What the library gives for a piece that is not there, whatever the model says of it.
+        absent = processor.piece_to_id("\0 no such piece")
+        special = (absent, self.unk_id, self.bos_id, self.eos_id)
+        if min(special) < 0 or max(special) >= self.vocab_size:
+            raise InputError(neither)
+        try:
+            processor.id_to_piece(list(range(self.vocab_size)))
+        except UnicodeDecodeError:
+            raise InputError(
+                f"{origin}: a piece of this SentencePiece model is no text. Get the file again."
+            ) from None
         # Llama's models have no pad token; unk does its work, since bytes leave unk nothing to do.
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.unk_id
         byte_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]

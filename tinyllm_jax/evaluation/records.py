@@ -187,6 +187,8 @@ def choices_of(record: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, .
         value = [each.get("text") for each in value]
     if not isinstance(value, list) or len(value) < 2:
         raise BadRecord(f"{name!r} is no list of two answers or more. Fix the record")
+    if labels and not isinstance(labels, list):
+        raise BadRecord(f"the labels of {name!r} are no list. Fix the record")
     if labels and len(labels) != len(value):
         raise BadRecord(
             f"{name!r} has {len(value)} answers and {len(labels)} labels. Fix the record"
@@ -225,7 +227,7 @@ def _place_of(word: str, name: str, choices: tuple[str, ...], labels: tuple[str,
     stripped = [choice.strip() for choice in choices]
     if word in stripped:
         return stripped.index(word)
-    if len(word) == 1 and "A" <= word.upper() <= "Z":
+    if re.fullmatch("[A-Za-z]", word):
         return ord(word.upper()) - ord("A")
     return int(word) if is_place else -1
 

@@ -155,7 +155,8 @@ def run_name(path: Path) -> str:
 def find_mode(preset: str | None, overrides: Mapping[str, Any]) -> str:
     """Name the way to learn that a command line asks for; settings are not checked yet."""
     table = read_preset(preset)[1] if preset else {}
-    return str({**table, **overrides}.get("run.mode", Config().run.mode))
+    mode = {**table, **overrides}.get("run.mode")
+    return mode if isinstance(mode, str) else Config().run.mode
 
 
 def find_start(

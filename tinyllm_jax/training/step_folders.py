@@ -20,8 +20,8 @@ REFERENCE = "reference"
 def step_folders(run: Path) -> list[tuple[int, Path]]:
     """List the finished checkpoints of a run, oldest first."""
     folder = run / "checkpoints"
-    names = [path for path in folder.iterdir() if re.fullmatch("[0-9]+", path.name)] if folder.is_dir() else []
-    return sorted((int(path.name), path) for path in names)
+    paths = folder.iterdir() if folder.is_dir() else []
+    return sorted((int(path.name), path) for path in paths if re.fullmatch("[0-9]+", path.name))
 
 
 def finish_step_folder(partial: Path, folder: Path) -> None:

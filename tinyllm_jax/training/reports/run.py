@@ -183,7 +183,9 @@ def check_stats(stats: Mapping[str, Any], *, path: Path) -> None:
     hashes = [stats.get(name, "") for name in ("tokenizer_hash", "dataset_hash")]
     are_right = all(isinstance(part, dict) for part in parts)
     if not are_right or not all(isinstance(each, str) for each in hashes):
-        raise InputError(f"{path}: no account of data. Bring back the file as it was, or remove it.")
+        raise InputError(
+            f"{path}: no account of data. Bring back the file as it was, or remove it."
+        )
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tinyllm_jax.inference import engine
 from tinyllm_jax.inference.language_model import LanguageModel
 from tinyllm_jax.model.weights import initial_weights
 from tinyllm_jax.server.app import Api
-from tinyllm_jax.server.run import make_server, open_socket
+from tinyllm_jax.server.run import Server, make_server, open_socket
 from tinyllm_jax.settings import build
 
 NAME = "small"
@@ -59,6 +59,15 @@ class Endless:
 @contextlib.contextmanager
 def running(service: Any, settings: ServeConfig, *, keys: tuple[bytes, ...] = ()) -> Iterator[str]:
     """Serve in a thread; gives the address, such as http://127.0.0.1:40000."""
+    with serving_thread(service, settings, keys=keys) as (_, __, url):
+        yield url
+
+
+@contextlib.contextmanager
+def serving_thread(
+    service: Any, settings: ServeConfig, *, keys: tuple[bytes, ...] = ()
+) -> Iterator[tuple[Server, threading.Thread, str]]:
+    """Serve in a thread; gives the server and its thread besides the address."""
     api = Api(
         service, model_name=NAME, sampling=settings.sampling, settings=settings.server, keys=keys
     )
@@ -69,7 +78,7 @@ def running(service: Any, settings: ServeConfig, *, keys: tuple[bytes, ...] = ()
     thread.start()
     assert ready.wait(timeout=20)
     try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield server, thread, f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()

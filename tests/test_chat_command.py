@@ -93,6 +93,19 @@ def test_a_retry_draws_anew_and_forgets_the_answer_before(talk: Talk) -> None:
     assert talk.turns[-1].content == second
 
 
+def test_a_retry_that_is_refused_leaves_what_was_said(talk: Talk) -> None:
+    whole(talk.ask("Hello"))
+    said = [*talk.turns]
+    talk.system = "word " * 300
+    with pytest.raises(InputError, match="room"):
+        talk.retry()
+    assert talk.turns == said
+    talk.system = ""
+    whole(talk.retry())
+    assert talk.turns[0] == said[0]
+    assert len(talk.turns) == 2
+
+
 def test_the_same_talk_is_the_same_again(talk: Talk, services: dict[str, Service]) -> None:
     again = Talk(services["chat"], system="", sampling=SHORT)
     for each in (talk, again):

@@ -196,8 +196,6 @@ def test_a_cancelled_request_leaves_its_slot_or_the_queue(engine: Engine) -> Non
     assert len(in_slot.tokens) == told
     assert not in_queue.tokens
     assert {answer.ended for answer in answers[1:-1]} == {"context"}
-    # The slot serves the next as if nothing had been.
-    assert alone(engine, 1) == alone(engine, 1)
 
 
 def test_a_slot_that_was_cancelled_does_not_disturb_the_next(engine: Engine) -> None:
@@ -210,6 +208,23 @@ def test_a_slot_that_was_cancelled_does_not_disturb_the_next(engine: Engine) -> 
         second = Answer(engine, request(1))
         finish(engine)
         assert second.ids == expected, steps
+
+
+def test_in_bfloat16_all_rows_are_always_computed() -> None:
+    """A product of another number of rows rounds otherwise, and bfloat16 shows it in the text."""
+    config = changed(CONFIG, compute_dtype="bfloat16")
+    weights = random_weights(config, std=0.5)
+    engine = Engine(config, weights, tokens=CONFIG.vocab_size, settings=SETTINGS)
+    assert engine._row_counts() == [4]
+    assert Engine(CONFIG, weights, tokens=CONFIG.vocab_size, settings=SETTINGS)._row_counts() == [
+        1,
+        4,
+    ]
+    engine.compile()
+    expected = [alone(engine, number) for number in range(len(PROMPTS))]
+    answers = [Answer(engine, request(number)) for number in range(len(PROMPTS))]
+    finish(engine)
+    assert [answer.ids for answer in answers] == expected
 
 
 def test_nothing_is_compiled_after_the_start(weights: Any, monkeypatch: pytest.MonkeyPatch) -> None:

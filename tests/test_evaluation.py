@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyllm_jax.config import EvaluateConfig
+from tinyllm_jax.config import EvaluateConfig, TokenizerConfig
 from tinyllm_jax.data.chat_records import BadRecord
+from tinyllm_jax.data.tokenizer import train_tokenizer
 from tinyllm_jax.data.toy_stories import generate_stories
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.evaluation import harness
@@ -21,6 +22,7 @@ from tinyllm_jax.evaluation.files import DataSet, find_data_sets
 from tinyllm_jax.evaluation.measures import mean, ratio
 from tinyllm_jax.evaluation.records import Pair, Question, kind_of, pair_of, question_of
 from tinyllm_jax.evaluation.stories import Story, measure_stories, words_of
+from tinyllm_jax.evaluation.tasks import measure, open_job
 from tinyllm_jax.evaluation.windows import Reader, Text, cut, keep_end, pack
 from tinyllm_jax.settings import build
 
@@ -169,6 +171,16 @@ SHAPES: list[tuple[dict[str, Any], str, tuple[str, ...], int]] = [
         },
         CUED, ("x", "y"), 0,
     ),
+    # A whole number that is a label is no place
+    (
+        {"question": "Why?", "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]},
+         "answerKey": 2},
+        CUED, ("x", "y", "z"), 1,
+    ),
+    (
+        {"question": "Why?", "choices": {"text": ["x", "y"], "label": [1, 2]}, "answerKey": 1},
+        CUED, ("x", "y"), 0,
+    ),
     # OpenBookQA
     (
         {"question_stem": "Cats eat", "choices": {"text": ["x", "y"], "label": ["A", "B"]},
@@ -216,6 +228,46 @@ def test_questions_of_every_shape_are_read(
     assert kind_of(record, text_field="text") == "choices"
     question = question_of(record)
     assert (question.prompt(""), question.choices, question.gold) == (prompt, choices, gold)
+
+
+def test_what_supports_an_answer_is_read_by_a_user_too() -> None:
+    record = next(record for record, *_ in SHAPES if "support" in record)
+    question = question_of(record)
+    assert question.asked == "Since.\nWhy?"
+    assert question.prompt("Q: {question} A:") == "Since.\nQ: Why? A:"
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"),
+    [
+        ("choices", {"query": "Go", "choices": ["x", "y"], "gold": 0}),
+        ("pairs", {"good": "He goes.", "bad": "He go."}),
+    ],
+)
+def test_a_model_that_gives_no_numbers_is_told(
+    kind: str, record: dict[str, Any], tmp_path: Path
+) -> None:
+    path = lines(tmp_path / "data.jsonl", record)
+    tokenizer = train_tokenizer(
+        [*generate_stories(seed=3, start=0, stop=20)],
+        config=TokenizerConfig(kind="bytelevel"),
+        vocab_size=300,
+    )
+
+    def broken(tokens: np.ndarray, *_: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.full(tokens.shape, np.nan, np.float32), np.zeros(tokens.shape, bool)
+
+    config = build(EvaluateConfig, [("", {"data.paths": (path,)})])
+    (data_set,) = find_data_sets(config, say=str)
+    assert data_set.kind == kind
+    reader = Reader(broken, context=16, overlap=8, batch_size=2)
+    with pytest.raises(InputError, match="log-likelihoods are no numbers"):
+        measure(
+            open_job(data_set, config),
+            reader=reader,
+            tokenizer=tokenizer,
+            on_progress=lambda _: None,
+        )
 
 
 def test_a_cue_of_ones_own_stands_round_the_question() -> None:

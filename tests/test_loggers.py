@@ -76,6 +76,11 @@ def test_the_same_numbers_have_the_same_key_also_after_a_rewind():
     rewound = [{"kind": "rewind", "step": 3, "batches": "4-6"}]
     assert key() != key(rows=rewound)
     assert key(rows=rewound) == key("--monitor.skip_batches", "4-6", rows=rewound)
+    # Checkpoints name as one those that touch.
+    rewound.append({"kind": "rewind", "step": 3, "batches": "7-9"})
+    assert key(rows=rewound) == key("--monitor.skip_batches", "4-9", rows=rewound)
+    assert key("--monitor.skip_batches", "7", "4-6") == key("--monitor.skip_batches", "4-7")
+    assert key("--monitor.skip_batches", "4-7") != key("--monitor.skip_batches", "4-8")
 
 
 # Loggers that are not there, or fail ---------------------------------------------------------------
@@ -139,6 +144,26 @@ def test_a_logger_that_fails_is_left_out_with_one_line_and_the_others_go_on():
     assert said[0].startswith(
         "warning: bad failed and gets no more numbers (ConnectionError: nobody listens)"
     )
+
+
+def test_a_logger_that_fails_once_it_is_open_is_closed_at_the_end():
+    class Opened(Noted):
+        def begin(self, *_: Any) -> None:
+            raise OSError("disk full")
+
+        def close(self) -> None:
+            super().close()
+            raise OSError("still full")
+
+    said: list[str] = []
+    bad = Opened("bad")
+    loggers = Loggers([bad], say=said.append)
+    loggers.begin([], config_of())
+    loggers.write([{"kind": "train", "step": 1}])
+    assert not bad.closed  # which may take a while
+    loggers.close()
+    assert bad.closed
+    assert len(said) == 1
 
 
 # A service that is made up -------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference.generate import Generator
 from tinyllm_jax.model import Transformer
 from tinyllm_jax.model.dropout import dropout
-from tinyllm_jax.model.layers import RMSNorm
+from tinyllm_jax.model.layers import RMSNorm, _gated
 from tinyllm_jax.model.rope import (
     rope_attention_factor,
     rope_frequencies,
@@ -586,3 +586,20 @@ def test_every_model_setting_changes_shapes_or_numbers(field: str) -> None:
     after = changed(ONE_LAYER, **{**beside, field: CASES[field]})
     assert not after.problems()
     assert effect(before) != effect(after)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_the_gradient_of_swiglu_is_right_for_every_gate(dtype: str, bound: float) -> None:
+    """Of strongly negative gates, too, where a sigmoid made of tanh would be nothing but rounding."""
+    rng = np.random.default_rng(0)
+    for low in range(-20, 20, 2):
+        gate, up, change = (
+            jnp.asarray(rng.uniform(start, start + 2, 1000), dtype) for start in (low, 1, 1)
+        )
+        found = jax.jit(lambda *x: jax.vjp(_gated, *x[:2])[1](x[2]))(gate, up, change)
+        gate, up, change = (np.asarray(each, np.float64) for each in (gate, up, change))
+        sigmoid = 1 / (1 + np.exp(-gate))
+        of_gate = change * up * (sigmoid + gate * sigmoid * (1 - sigmoid))
+        for mine, right in zip(found, (of_gate, change * gate * sigmoid), strict=True):
+            error = np.linalg.norm(np.asarray(mine, np.float64) - right)
+            assert error <= bound * np.linalg.norm(right), low

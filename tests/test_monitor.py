@@ -4,6 +4,9 @@ import dataclasses
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,28 +14,30 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL_RUN
+from conftest import ROOT, SMALL_RUN
 from test_resume import assert_same_run, reproducible
 
 from tinyllm_jax import train
 from tinyllm_jax.config import Config, load_config
 from tinyllm_jax.data.batches import Batches
+from tinyllm_jax.data.files import sha256_of_file
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.model import transformer
 from tinyllm_jax.model.attention import segment_mask
 from tinyllm_jax.model.rope import rope_tables
 from tinyllm_jax.model.weights import initial_weights, merge_weights, model_structure
 from tinyllm_jax.objectives.pretrain import count_targets, next_token_loss
-from tinyllm_jax.training import loop
+from tinyllm_jax.training import loop, start
 from tinyllm_jax.training.checkpoint import read_checkpoint
 from tinyllm_jax.training.layer_look import describe_activations, make_layer_look, part_of
-from tinyllm_jax.training.metrics import read_metrics
-from tinyllm_jax.training.monitor import Monitor, robust_z
-from tinyllm_jax.training.progress import Progress
-from tinyllm_jax.training.rewind import Course
+from tinyllm_jax.training.metrics import MetricsFile, read_metrics
+from tinyllm_jax.training.monitor import Monitor, Trouble, robust_z
+from tinyllm_jax.training.progress import Progress, Silent
+from tinyllm_jax.training.rewind import Course, go_back, keep_left_out
 from tinyllm_jax.training.step import NOTHING_FIXED, make_train_step, new_state
 from tinyllm_torch import train as torch_train
 from tinyllm_torch.training import loop as torch_loop
+from tinyllm_torch.training import start as torch_start
 from tinyllm_torch.training.checkpoint import read_checkpoint as torch_read_checkpoint
 
 # Settings that this file shows to have an effect, for the test that every setting has one.
@@ -294,6 +299,19 @@ def test_what_is_left_out_later_changes_no_earlier_step():
         assert [again.batch(step) for step in range(1, 9)] == [*before, 11]
 
 
+def test_a_resumed_run_leaves_out_only_batches_that_are_still_to_come():
+    def resumed(*spans: str, earlier: tuple[str, ...] = ()) -> tuple[str, ...]:
+        before = config_of("--monitor.skip_batches", *earlier) if earlier else config_of()
+        config = config_of("--monitor.skip_batches", *spans)
+        return keep_left_out(config, before, step=40).monitor.skip_batches
+
+    assert resumed("40-50") == ("40-50",)
+    assert resumed("11", "43", earlier=("10-12",)) == ("11", "43", "10-12")  # step 40 took batch 42
+    for spans, earlier, newest in ((["3"], (), 39), (["39-45"], (), 39), (["42"], ("10-12",), 42)):
+        with pytest.raises(InputError, match=f"Name batches from {newest + 1} on"):
+            resumed(*spans, earlier=earlier)
+
+
 @pytest.mark.parametrize("words", [["x"], ["5-3"], ["-3"], ["1-2-3"], ["4", "²"]])
 def test_what_is_no_span_is_refused(words):
     with pytest.raises(InputError, match="is no number or span of batches"):
@@ -304,6 +322,64 @@ def test_answers_cannot_be_left_out():
     for setting in ({"monitor.rewinds": 1}, {"monitor.skip_batches": ("3",)}):
         with pytest.raises(InputError, match=r"--mode rlhf"):
             load_config("rlhf", {"run.mode": "rlhf", "rlhf.reward": "a:b", **setting}, [])
+
+
+def test_rewinds_count_and_leave_out_whatever_rows_are_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+
+    def rewound(step: int, batches: str) -> dict[str, Any]:
+        return {"kind": "rewind", "step": step, "batches": batches}
+
+    with MetricsFile(path, resume_step=0) as metrics:
+        metrics.write({"kind": "train", "step": step, "loss": 1.0} for step in range(1, 34))
+        metrics.go_back(30, rewound(30, "31-32"))
+        metrics.write({"kind": "train", "step": step, "loss": 1.0} for step in range(31, 34))
+        metrics.go_back(20, rewound(20, "28-30"))
+        with MetricsFile(path, resume_step=10) as again:
+            rows = again.rows()
+    assert [row["step"] for row in rows] == [*range(1, 11), 10, 10]
+    assert Course(config_of(), past=rows).batch(29) == 33
+    assert Monitor(config_of(), past=rows, note=lambda _: None).rewinds == 2
+
+
+def test_numbers_of_layers_that_are_none_are_written_as_json(tmp_path):
+    path, norms = tmp_path / "metrics.jsonl", {"layers.0": float("nan"), "layers.1": float("inf")}
+    with MetricsFile(path, resume_step=0) as metrics:
+        metrics.write([{"kind": "monitor", "step": 1, "gradient_norm": norms}])
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is not JSON")
+
+    row = json.loads(path.read_text(), parse_constant=refuse)
+    assert row["gradient_norm"] == {"layers.0": "nan", "layers.1": "inf"}
+
+
+@pytest.mark.parametrize("has_best", [True, False])
+def test_the_best_that_counts_after_going_back_is_one_that_is_there(has_best, tmp_path):
+    for step in (20, 30) if has_best else (30,):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    best = {"step": 20, "loss": 3.5}
+    meta = tmp_path / "checkpoints/30/meta.json"
+    meta.write_text(json.dumps({"best": best}))
+    sums = {"meta.json": sha256_of_file(meta)}
+    meta.with_name("checksums.json").write_text(json.dumps(sums))
+    (tmp_path / "best").symlink_to("checkpoints/35")
+    config = config_of("--monitor.rewinds", "1")
+    monitor, course = Monitor(config, past=[], note=lambda _: None), Course(config, past=[])
+    with (
+        MetricsFile(tmp_path / "metrics.jsonl", resume_step=35) as metrics,
+        Silent(first_step=0, max_steps=44) as progress,
+    ):
+        chosen = go_back(
+            *(tmp_path, config, Trouble(34, 34, "a jump"), course, monitor, metrics, progress),
+            once=lambda work: work(),
+        )
+    expected = best if has_best else None
+    assert chosen == (tmp_path / "checkpoints/30", expected)
+    assert (tmp_path / "best").is_symlink() == has_best
+    # As a run that is killed then, and goes on, has it.
+    for module in (start, torch_start):
+        assert module.still_there(tmp_path, best) == expected
 
 
 # Runs that go back ---------------------------------------------------------------------------------
@@ -472,6 +548,98 @@ def test_checkpoints_from_between_are_set_aside_and_not_gone_on_from(bad_batches
 
 
 @pytest.mark.slow
+def test_all_rewinds_together_are_no_more_than_may_be(bad_batches, capsys):
+    """The second goes back further than the first."""
+    bad_batches |= {34, 40, 41, 42}
+    flags = ["--monitor.rewinds", "2", "--checkpoint.keep", "9", "--monitor.rewind_batches", "1"]
+    patch = stop_when(lambda *now: now == (31, 2), lambda: damage_checkpoint("many", 30))
+    code = train.main([*FLAGS, *flags, "--out", "many"])
+    patch.undo()
+    assert code == 1
+    assert "all 2 rewinds are used up" in capsys.readouterr().err
+    rows = rewinds_of("many")
+    assert [row["number"] for row in rows] == [1, 2]
+    assert [row["step"] for row in rows] == [22, 22]
+    assert "Back to step 30" in rows[0]["text"]
+
+
+def damage_checkpoint(run: str, step: int) -> None:
+    (Path(run) / "checkpoints" / str(step) / "meta.json").write_text("{}")
+
+
+# A process of a run whose batches ask for what never comes, and which writes down what it reads.
+PROCESS = """
+import dataclasses, sys
+import numpy as np
+from tinyllm_jax import train
+from tinyllm_jax.data.batches import Batches
+from tinyllm_jax.training import loop
+read, (log, bad) = Batches.batch, sys.argv[1:3]
+def batch(self, number, **options):
+    found = read(self, number, **options)
+    print(number, file=open(log, "a"))
+    is_bad = str(number) == bad
+    return dataclasses.replace(found, targets=np.zeros_like(found.targets)) if is_bad else found
+Batches.batch, loop.write_report = batch, lambda *_, **__: None
+sys.exit(train.main(sys.argv[3:]))
+"""
+
+
+def run_two_processes(folder: Path, data: Path, *flags: str, bad: str) -> list[list[int]]:
+    """Run them, and give the training batches that each has read."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "TINYLLM_DATA_DIR": str(data),
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    }
+    meeting = ["--distributed.coordinator", f"127.0.0.1:{port}"]
+    meeting += ["--distributed.num_processes", "2", "--distributed.process_id"]
+    processes, logs = [], [folder / "reads.0", folder / "reads.1"]
+    for index, log in enumerate(logs):
+        log.write_text("")
+        words = [sys.executable, "-c", PROCESS, str(log), bad, *flags, *meeting, str(index)]
+        with open(folder / f"said.{index}", "w") as said:
+            processes.append(
+                subprocess.Popen(words, cwd=folder, env=environment, stdout=said, stderr=said)
+            )
+    try:
+        codes = [process.wait(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert codes == [0, 0], [(folder / f"said.{index}").read_text() for index in (0, 1)]
+    return [[*map(int, log.read_text().split())] for log in logs]
+
+
+@pytest.mark.slow
+def test_processes_of_a_resumed_run_go_back_together_and_leave_out_the_same(
+    tmp_path, prepared_folder
+):
+    flags = [*FLAGS, "--optimizer.decay_steps", "44", "--out", "run", "--auto-resume"]
+    run_two_processes(tmp_path, prepared_folder, *flags, "--max-steps", "30", bad="")
+    first, second = run_two_processes(
+        tmp_path, prepared_folder, *flags, "--max-steps", "36", bad=str(BAD)
+    )
+    assert first[-3:] == second[-3:] == [36, 37, 38]
+    run = str(tmp_path / "run")
+    [row] = rewinds_of(run)
+    assert (row["step"], row["batches"]) == (30, "31-33")
+    # Killed before the first checkpoint after it: only the row says what is left out.
+    (tmp_path / "run/checkpoints/36").rename(tmp_path / "gone")
+    first, second = run_two_processes(
+        tmp_path, prepared_folder, *flags, "--max-steps", "36", bad=str(BAD)
+    )
+    for reads in (first, second):
+        assert [number for number in reads if number >= 30] == [30, *range(34, 39)]
+    assert len(rewinds_of(run)) == 1
+
+
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_yet_goes_back_to_its_beginning(bad_batches):
     flags = ["--checkpoint.interval_steps", "100", "--train.eval_interval_steps", "44"]
     assert train.main([*FLAGS, *flags, "--out", "first"]) == 0
@@ -483,8 +651,9 @@ def test_a_run_without_a_checkpoint_yet_goes_back_to_its_beginning(bad_batches):
         np.testing.assert_array_equal(weight, weights_of("first", 44)[name], err_msg=name)
 
 
-@pytest.mark.slow
-def test_steps_with_losses_that_are_no_numbers_are_left_out_too(bad_batches, monkeypatch):
+@pytest.fixture
+def broken_batches(bad_batches, monkeypatch) -> set[int]:
+    """Give the numbers of batches with losses that are no numbers, to change."""
     bad_batches.clear()
     makes = loop.make_train_step
 
@@ -505,7 +674,7 @@ def test_steps_with_losses_that_are_no_numbers_are_left_out_too(bad_batches, mon
 
         return poisoned
 
-    read, broken = Batches.batch, {25, 26, 27}
+    read, broken = Batches.batch, set()
 
     def batch(self: Batches, number: int, **options: Any) -> Any:
         found = read(self, number, **options)
@@ -515,6 +684,25 @@ def test_steps_with_losses_that_are_no_numbers_are_left_out_too(bad_batches, mon
 
     monkeypatch.setattr(Batches, "batch", batch)
     monkeypatch.setattr(loop, "make_train_step", make_train_step)
+    return broken
+
+
+@pytest.mark.slow
+def test_a_checkpoint_among_failing_steps_pushes_none_from_before_out(broken_batches):
+    broken_batches |= {25, 26, 27, 28, 29, 30}
+    flags = ["--train.max_nonfinite_steps", "6", "--monitor.spike_z", "0", "--checkpoint.keep", "1"]
+    flags += ["--monitor.rewind_batches", "1", "--train.eval_interval_steps", "44"]
+    flags += ["--checkpoint.interval_steps", "4"]
+    assert train.main([*FLAGS, *flags, "--out", "kept"]) == 0
+    [row] = rewinds_of("kept")
+    assert (row["step"], row["batches"]) == (24, "25-30")
+    names = sorted(path.name for path in Path("kept/checkpoints").iterdir())
+    assert names == ["28.rewound.1", "44"]
+
+
+@pytest.mark.slow
+def test_steps_with_losses_that_are_no_numbers_are_left_out_too(broken_batches):
+    broken_batches |= {25, 26, 27}
     flags = ["--train.max_nonfinite_steps", "3", "--monitor.spike_z", "0"]
     flags += ["--monitor.rewind_batches", "1"]
     assert train.main([*FLAGS, *flags, "--out", "bad"]) == 0

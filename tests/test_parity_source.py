@@ -21,7 +21,7 @@ MIRRORED += [
 ]
 ONLY_IN_JAX = {
     "inference/generate.py": {"Generator.compilations", "bucket"},  # nothing is compiled
-    "inference/language_model.py": {"LanguageModel.precision"},  # JAX is told to keep float64
+    "inference/language_model.py": {"precision"},  # JAX is told to keep float64
     # torch picks its kernel by itself, and multiplies the masked half with the rest
     "model/attention.py": {"suits_cudnn", "goes_row_by_row", "row_by_row", "block_size"},
     # torch's products take any order of axes

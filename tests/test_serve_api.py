@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from tinyllm_jax.data.asking import as_conversation, as_text
 from tinyllm_jax.data.chat import Message
 from tinyllm_jax.inference.language_model import LanguageModel, load
 from tinyllm_jax.inference.service import Service
+from tinyllm_jax.server.app import Api
 from tinyllm_jax.server.schemas import ChatRequest, CompletionRequest
 from tinyllm_jax.settings import setting_fields
 
@@ -45,7 +47,7 @@ class Served:
         with self.client() as client:
             create = client.completions.create if kind == "text" else client.chat.completions.create
             asked = {"prompt": "Once upon a time"} if kind == "text" else {"messages": ASKED}
-            with create(model=NAME, stream=True, **asked, **settings) as stream:
+            with create(model=NAME, stream=True, **{**asked, **settings}) as stream:
                 return [*stream]
 
 
@@ -156,6 +158,23 @@ def test_a_prompt_may_be_token_ids(base: Served) -> None:
     assert base.complete([ids, ids], **asked).choices[1].text == text
 
 
+def test_what_stands_before_an_eos_among_token_ids_is_no_part_of_the_text(base: Served) -> None:
+    tokenizer = base.model.tokenizer
+    asked: dict[str, Any] = {"temperature": 0, "max_tokens": 6, "logprobs": 0}
+    for ids in (as_text("The dog", tokenizer).ids, tokenizer.encode("The dog")):
+        found = base.complete([*as_text("One day", tokenizer).ids, tokenizer.eos_id, *ids], **asked)
+        told = found.choices[0]
+        made = [tokenizer.control_id(text) for text in told.logprobs.tokens]
+        assert None in made, "nothing was written"
+        assert told.text == "".join(told.logprobs.tokens)
+    ended = [*as_text("One day", tokenizer).ids, tokenizer.eos_id]
+    api: Any = SimpleNamespace(service=base.service)
+    assert Api.prompt(api, [*ended, *ids]).text(ids) == tokenizer.decode([*ids, *ids])
+    assert Api.prompt(api, ended).lead == []
+    told = base.complete(ended, **asked).choices[0]
+    assert told.text.strip() == "".join(told.logprobs.tokens).strip() != ""
+
+
 def test_a_stop_string_ends_the_text_before_it(base: Served) -> None:
     asked: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
     text = base.complete(**asked).choices[0].text
@@ -210,6 +229,25 @@ def test_log_probabilities_of_a_completion_name_the_place_of_each_token(base: Se
     streamed = [event.choices[0].logprobs for event in base.events("text", **asked)]
     for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
         assert [x for each in streamed for x in getattr(each, name)] == getattr(told, name)
+
+
+def test_the_space_that_a_first_word_loses_has_no_place(base: Served) -> None:
+    moved = 0
+    for seed in range(8):
+        asked: dict[str, Any] = {"logprobs": 0, "max_tokens": 12, "seed": seed, "temperature": 0.5}
+        found = base.complete("", **asked).choices[0]
+        told = found.logprobs
+        assert told.text_offset[0] == 0
+        if "\N{REPLACEMENT CHARACTER}" in found.text:
+            continue  # which tokens made it cannot be told
+        for token, start in zip(told.tokens, told.text_offset, strict=True):
+            if not token.startswith("<"):
+                moved += start == 0 and token.startswith(" ")
+                token = token if start else token.removeprefix(" ")
+                assert found.text[start:].startswith(token)
+        streamed = [event.choices[0].logprobs for event in base.events("text", prompt="", **asked)]
+        assert [x for each in streamed for x in each.text_offset] == told.text_offset
+    assert moved
 
 
 # Each parameter, its other value, and what must be asked besides for it to show.

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -23,6 +24,8 @@ from serving import connect, post, read_all, settings_of
 from tinyllm_jax import serve
 from tinyllm_jax.config import ServeConfig
 from tinyllm_jax.errors import InputError
+from tinyllm_jax.server import run as server_run
+from tinyllm_jax.server.app import Api
 from tinyllm_jax.settings import setting_fields
 
 LONG = json.dumps({"prompt": "Once", "max_tokens": 10**6, "stream": True}).encode()
@@ -136,6 +139,24 @@ def test_a_second_signal_ends_it_at_once(command: Command, trained_run: Path) ->
             assert time.monotonic() - start < 10
         assert code == 1
         assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.1", "0x7f000001", "0.0.0.0"])
+def test_a_server_on_loopback_knows_it_however_its_host_is_spelled(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Api] = []
+
+    def keep(api: Api, **_: Any) -> None:
+        made.append(api)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve, "start_service", lambda *_: SimpleNamespace())
+    monkeypatch.setattr(server_run, "make_server", keep)
+    with pytest.raises(KeyboardInterrupt):
+        serve.main(["--checkpoint", str(tmp_path), "--host", host, "--port", "0"])
+    problem = made[0].app().problem("/health", {b"host": b"evil.example"})  # type: ignore[attr-defined]
+    assert (problem is None) == (host == "0.0.0.0")
 
 
 # What is refused ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import os
 import socket
 import time
 import urllib.error
@@ -22,6 +23,7 @@ from serving import (
     post,
     read_all,
     running,
+    serving_thread,
     settings_of,
     wait_for,
 )
@@ -30,7 +32,7 @@ from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference import engine
 from tinyllm_jax.inference.language_model import load
 from tinyllm_jax.inference.service import Piece, Service, ServiceStats
-from tinyllm_jax.server import page_files
+from tinyllm_jax.server import page_files, run
 from tinyllm_jax.server.gate import read_keys
 
 # An answer that takes longer than any test.
@@ -95,6 +97,11 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
     file.write_text("one\n\n  two \n")
     assert read_keys(str(file), "three") == [b"three", b"one", b"two"]
     assert read_keys("", "") == []
+    # Of a file that was read into the environment, the end of the line comes along.
+    assert read_keys("", "three\n") == [b"three"]
+    assert read_keys("", os.fsdecode(b"\xff")) == [b"\xff"]
+    with pytest.raises(InputError, match="spaces alone"):
+        read_keys("", " \n")
     file.write_text("\n")
     with pytest.raises(InputError, match="no key"):
         read_keys(str(file), "")
@@ -238,9 +245,25 @@ def test_too_many_questions_are_told_when_to_come_again(service: Service, url: s
     wait_for(lambda: busy(service) == 0)
 
 
+def test_more_answers_than_there_are_places_are_never_worth_another_try(
+    service: Service, url: str
+) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError, match=r"room for 8 .*engine\.queue") as caught:
+            client.completions.create(model=NAME, prompt=["A", "B", "C"], n=3, max_tokens=2)
+        assert "Retry-After" not in caught.value.response.headers
+        found = client.completions.create(model=NAME, prompt=["A", "B"], n=4, max_tokens=2)
+        assert len(found.choices) == 8
+
+
 def test_more_clients_than_allowed_are_turned_away(service: Service) -> None:
+    with running(service, settings_of(server__max_connections=1)) as url:
+        assert get(f"{url}/health")[0] == 200
     with running(service, settings_of(server__max_connections=3)) as url:
-        idle = [connect(url) for _ in range(3)]
+        idle = [connect(url) for _ in range(2)]
+        time.sleep(0.2)
+        assert get(f"{url}/health")[0] == 200
+        idle.append(connect(url))
         wait_for(lambda: get(f"{url}/health")[0] == 503)
         for connection in idle:
             connection.close()
@@ -334,6 +357,13 @@ class Scripted:
 
     prompt_tokens = 3
 
+    def drain(self, *, seconds: float) -> bool:
+        del seconds
+        return True
+
+    def stop(self) -> None:
+        pass
+
     def cancel(self) -> None:
         self.cancelled += 1
 
@@ -368,6 +398,71 @@ def test_a_client_that_reads_nothing_is_let_go(service: Service) -> None:
         connection.sendall(post("/v1/completions", LONG))
         wait_for(lambda: scripted.cancelled > 0)
         assert not read_all(connection).endswith(b"0\r\n\r\n"), "it was cut, and seems whole"
+
+
+@pytest.mark.parametrize("characters", [30_000, 10_000_000])
+def test_a_client_that_reads_nothing_of_a_whole_answer_is_let_go(
+    characters: int, service: Service
+) -> None:
+    scripted = Scripted(service, [Piece("x" * characters, (), 1, "length")])
+    settings = settings_of(server__stall_seconds=0.3, server__max_connections=1)
+    with running(scripted, settings) as url, connect(url, receive_bytes=4096) as connection:
+        connection.sendall(post("/v1/completions", NOT_STREAMED, "Connection: close"))
+        found = connection.recv(10)
+        wait_for(lambda: get(f"{url}/health")[0] == 200)
+        found += read_all(connection)
+        assert (len(found) > characters) == (characters < 100_000)
+
+
+def test_a_client_that_reads_slowly_gets_its_whole_answer(service: Service) -> None:
+    scripted = Scripted(service, [Piece("x" * 8_000_000, (), 1, "length")])
+    settings = settings_of(server__stall_seconds=0.5)
+    with running(scripted, settings) as url, connect(url, receive_bytes=65536) as connection:
+        connection.sendall(post("/v1/completions", NOT_STREAMED, "Connection: close"))
+        found, start = 0, time.monotonic()
+        while part := connection.recv(1_000_000):
+            found += len(part)
+            time.sleep(len(part) / 4_000_000)
+        assert found > 8_000_000
+        assert time.monotonic() - start > 3 * 0.5
+
+
+@pytest.mark.parametrize(("drain_seconds", "whole"), [(30.0, True), (0.0, False)])
+def test_at_the_end_a_slow_reader_has_what_is_left_of_the_time(
+    drain_seconds: float, whole: bool, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "CLOSING_SECONDS", 0.3)
+    scripted = Scripted(service, [Piece("x" * 10_000_000, (), 1, "length")])
+    settings = settings_of(server__drain_seconds=drain_seconds)
+    with (
+        serving_thread(scripted, settings) as (server, thread, url),
+        connect(url, receive_bytes=4096) as connection,
+    ):
+        connection.sendall(post("/v1/completions", LONG))
+        found = connection.recv(100)
+        server.handle_exit()
+        thread.join(timeout=1)
+        assert thread.is_alive() == whole
+        found += read_all(connection)
+        thread.join(timeout=10)
+        assert found.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") == whole
+        assert server.was_drained == whole
+
+
+def test_a_signal_while_the_last_bytes_go_out_ends_at_once(service: Service) -> None:
+    scripted = Scripted(service, [Piece("x" * 10_000_000, (), 1, "length")])
+    with (
+        serving_thread(scripted, settings_of()) as (server, thread, url),
+        connect(url, receive_bytes=4096) as connection,
+    ):
+        connection.sendall(post("/v1/completions", LONG))
+        connection.recv(100)
+        server.handle_exit()
+        wait_for(lambda: server.should_exit)
+        server.handle_exit()
+        thread.join(timeout=3)
+        assert not thread.is_alive()
+        assert not server.was_drained
 
 
 def test_only_so_much_is_kept_for_a_slow_reader(service: Service) -> None:
@@ -412,6 +507,8 @@ def test_metrics_count_requests_tokens_and_times(service: Service, url: str) -> 
     before = told()
     get_post(url, b'{"prompt": "A", "max_tokens": 5, "n": 2}', "application/json")
     get_post(url, b'{"prompt": "A", "x": 5}', "application/json")
+    for name in (NAME, "none"):
+        get(f"{url}/v1/models/{name}")
     for number in range(3):
         get(f"{url}/made/up/{number}")
     after = told()
@@ -423,7 +520,8 @@ def test_metrics_count_requests_tokens_and_times(service: Service, url: str) -> 
     requests = "tinyllm_http_requests_total"
     assert grown[f'{requests}{{path="/v1/completions",status="200"}}'] == 1
     assert grown[f'{requests}{{path="/v1/completions",status="400"}}'] == 1
-    assert grown[f'{requests}{{path="other",status="404"}}'] == 3
+    assert grown[f'{requests}{{path="/v1/models/{NAME}",status="200"}}'] == 1
+    assert grown[f'{requests}{{path="other",status="404"}}'] == 4
     assert after["tinyllm_slots"] == 4
     assert after["tinyllm_busy_slots"] == after["tinyllm_waiting"] == 0
     assert not any("made/up" in name for name in after)

@@ -1,6 +1,8 @@
 """The service answers many askers at once and loses none of them, whatever they do."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -217,6 +219,7 @@ def test_a_defect_of_the_engine_is_told_to_everybody(
     assert service.stats().failed_total == 1
     with pytest.raises(DrainingError):
         Asker(service)
+    assert not service.drain(seconds=WAIT_SECONDS)
     service.stop()
 
 
@@ -229,3 +232,62 @@ def test_only_a_tokenizer_with_turns_can_chat() -> None:
         config = changed(SMALL, vocab_size=tokenizer.vocab_size)
         model = LanguageModel(config, random_weights(config), tokenizer)
         assert Service(model, EngineConfig(slots=1)).can_chat == expected
+
+
+def test_the_model_is_let_go_where_weights_are_kept_in_fewer_bits() -> None:
+    config = changed(SMALL, max_position_embeddings=100)
+    tokenizer = train_tokenizer(STORIES, config=TokenizerConfig(kind="bytelevel"), vocab_size=300)
+    model = LanguageModel(
+        changed(config, vocab_size=300), random_weights(changed(config, vocab_size=300)), tokenizer
+    )
+    service = Service(model, EngineConfig(slots=1, weights="int8"))
+    left = weakref.ref(model)
+    del model
+    gc.collect()
+    assert left() is None
+    assert not service.is_well
+
+
+def test_whoever_hears_of_the_end_may_ask_at_once(model: LanguageModel) -> None:
+    service = start(model, slots=1, queue=0)
+    done, refused = threading.Event(), []
+    left = 20
+
+    def take(piece: Piece) -> None:
+        nonlocal left
+        if not piece.ended:
+            return
+        left -= 1
+        if left == 0:
+            done.set()
+            return
+        try:
+            ask()
+        except QueueFullError as error:
+            refused.append(error)
+            done.set()
+
+    def ask() -> None:
+        service.ask(
+            as_text("Tim", service.tokenizer),
+            sampling=SamplingConfig(max_new_tokens=2),
+            sample_number=0,
+            stop=[],
+            alternatives=None,
+            on_piece=take,
+        )
+
+    ask()
+    assert done.wait(WAIT_SECONDS)
+    assert refused == []
+    service.stop()
+
+
+def test_an_answer_that_a_stop_string_ended_was_not_given_up(service: Service) -> None:
+    before = service.stats().cancelled_total
+    whole = Asker(service).wait()
+    asker = Asker(service, stop=[whole[5:8]])
+    asker.wait()
+    Asker(service).wait()
+    assert asker.ended == "stop"
+    assert service.stats().cancelled_total == before

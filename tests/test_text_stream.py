@@ -96,3 +96,38 @@ def test_bytes_of_tokens_make_the_text(tokenizer: Tokenizer) -> None:
     for text in (STRANGE, STORIES[0]):
         found = b"".join(token_bytes(tokenizer, id) for id in tokenizer.encode(text)).decode()
         assert found.removeprefix(" ") == tokenizer.decode(tokenizer.encode(text)).removeprefix(" ")
+
+
+@each_kind
+def test_an_end_token_in_the_lead_hides_nothing(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("The dog sat.")
+    lead = [tokenizer.bos_id, *tokenizer.encode("One day"), tokenizer.eos_id, *ids]
+    for size in (1, 2, len(lead)):
+        pieces = told(TextStream(tokenizer, lead=lead[:-size], stop=[]), ids)
+        assert "".join(pieces).strip() == "The dog sat."
+
+
+@each_kind
+def test_control_tokens_in_an_answer_hide_nothing(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("The dog sat.")
+    mixed = [tokenizer.eos_id, *ids[:2], tokenizer.bos_id, tokenizer.eos_id, *ids[2:]]
+    pieces = told(TextStream(tokenizer, lead=tokenizer.encode("So."), stop=[]), mixed)
+    assert "".join(pieces).strip() == "The dog sat."
+
+
+@each_kind
+def test_what_is_decoded_stays_short(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's thread decodes for everybody, so nothing may grow with prompt or answer."""
+    longest = 0
+    decode = tokenizer.decode
+
+    def watched(ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return decode(ids)
+
+    monkeypatch.setattr(tokenizer, "decode", watched)
+    half = next(id for id in range(tokenizer.vocab_size) if token_bytes(tokenizer, id) == b"\x80")
+    stream = TextStream(tokenizer, lead=tokenizer.encode("word " * 500), stop=["never"])
+    told(stream, [half] * 200 + [tokenizer.eos_id, tokenizer.bos_id] * 200)
+    assert longest <= 40

@@ -1,5 +1,6 @@
 """`verify_resume` says EXACT of runs that are, and finds every bit that is not."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from tinyllm_jax import verify_resume
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.training import resume_check
 from tinyllm_jax.training.resume_check import compare_runs
+from tinyllm_jax.training.step_folders import mark_best
 
 SHORT = [*SMALL_RUN, "--max-steps", "8"]
 
@@ -21,7 +23,8 @@ def test_a_run_killed_at_random_moments_is_proved_exact(command: Command, tmp_pa
     flags = ["--kills", "2", "--kill-seed", "3", "--keep", "both"]
     ended = command.run("verify_resume", *SHORT, *flags)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("EXACT after 2 kills: 3 checkpoints with ")
+    assert ended.stdout.startswith("EXACT after 2 kills, ")
+    assert " past the last checkpoint: 3 checkpoints with " in ended.stdout
     assert ended.stderr.count("goes on from step") == 2
     rows = (tmp_path / "both/killed/metrics.jsonl").read_text().splitlines()
     steps = [row["step"] for row in map(json.loads, rows) if row["kind"] == "train"]
@@ -40,7 +43,14 @@ def test_equal_runs_have_no_differences(trained_run: Path, run_copy: Path) -> No
 def test_another_last_step_is_a_difference(trained_run: Path, run_copy: Path) -> None:
     shutil.rmtree(run_copy / "checkpoints/20")
     found = compare_runs(trained_run, run_copy).differences
-    assert "the last checkpoints are of steps 20 and 10" in found
+    assert "checkpoints of steps [10, 20] and [10]" in found
+
+
+def test_another_best_is_a_difference(trained_run: Path, run_copy: Path) -> None:
+    before = (run_copy / "best").resolve().name
+    other = "10" if before == "20" else "20"
+    mark_best(run_copy, int(other))
+    assert compare_runs(trained_run, run_copy).differences == [f"best is {before} and {other}"]
 
 
 def test_a_damaged_checkpoint_is_a_difference(trained_run: Path, run_copy: Path) -> None:
@@ -87,11 +97,32 @@ def test_a_missing_row_is_found(trained_run: Path, run_copy: Path) -> None:
     assert any("rows" in each for each in compare_runs(trained_run, run_copy).differences)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [
+        ("dataset_hash", "another", "data"),
+        ("tokenizer_hash", "another", "tokenizer"),
+        ("seed", 99, "settings"),
+    ],
+)
+def test_other_data_tokenizers_and_settings_are_found(
+    trained_run: Path, run_copy: Path, key: str, value: object, found: str
+) -> None:
+    folder = run_copy / "checkpoints/20"
+    meta = json.loads((folder / "meta.json").read_text())
+    (meta["config"]["train"] if key == "seed" else meta)[key] = value
+    (folder / "meta.json").write_text(json.dumps(meta))
+    sums = json.loads((folder / "checksums.json").read_text())
+    sums["meta.json"] = hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
+    (folder / "checksums.json").write_text(json.dumps(sums))
+    assert compare_runs(trained_run, run_copy).differences == [f"step 20: {found}"]
+
+
 def test_differing_runs_are_told_and_kept(
     trained_run: Path, run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(run_copy / "checkpoints/20")
-    code = verify_resume.tell(trained_run, run_copy, kills=3, parent=tmp_path, keep=False)
+    code = verify_resume.tell(trained_run, run_copy, kills=3, cut=1, parent=tmp_path, keep=False)
     assert code == 1
     assert capsys.readouterr().out.startswith("DIFFERENT after 3 kills: ")
     assert run_copy.exists()
@@ -126,3 +157,24 @@ def test_runs_are_shortened_only_where_nobody_says_how_long() -> None:
     ]
     flags = ["--max-steps", "100", "--checkpoint.interval_steps", "7"]
     assert verify_resume.shortened(flags) == ["--train.eval_interval_steps", "20"]
+
+
+def test_a_run_that_could_not_be_killed_proves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Quick:
+        def __init__(self, _: object, folder: Path):
+            folder.mkdir(exist_ok=True)
+
+        def finish(self) -> float:
+            return 0.1
+
+        def startup_seconds(self) -> float:
+            return 0.1
+
+        def kill_after(self, _: float) -> bool:
+            return False
+
+    monkeypatch.setattr(verify_resume, "Attempt", Quick)
+    with pytest.raises(InputError, match="ended before it could be killed"):
+        verify_resume.main(["--config", "tiny", "--keep", str(tmp_path / "both")])

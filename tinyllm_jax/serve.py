@@ -4,6 +4,7 @@ The endpoints are OpenAI's (/v1/chat/completions, /v1/completions, /v1/models), 
 /metrics and a page to try it on. docs/serving.md says more.
 """
 
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from tinyllm_jax.inference.service import Service
     from tinyllm_jax.server.app import Api
 
-# In the environment, since everybody on a machine can read a program's flags.
-KEY_VARIABLE = "TINYLLM_API_KEY"
 PACKAGES = ("starlette", "uvicorn", "httptools", "pydantic", "prometheus_client")
 
 
@@ -35,7 +34,7 @@ def main(words: Sequence[str] | None = None) -> int:
         )
     # Imported here so that --help and bad flags need not wait for JAX.
     from tinyllm_jax.server.app import Api
-    from tinyllm_jax.server.gate import read_keys
+    from tinyllm_jax.server.gate import KEY_VARIABLE, read_keys
     from tinyllm_jax.server.run import make_server, open_socket
 
     keys = read_keys(settings.server.api_key_file, os.environ.get(KEY_VARIABLE, ""))
@@ -45,7 +44,8 @@ def main(words: Sequence[str] | None = None) -> int:
             service,
             model_name=settings.server.model_name or run_name(Path(checkpoint)),
             sampling=settings.sampling,
-            settings=settings.server,
+            # The address itself, which has many spellings.
+            settings=dataclasses.replace(settings.server, host=listening.getsockname()[0]),
             keys=keys,
         )
         server = make_server(api, on_start=lambda: greet(api, listening.getsockname()))
@@ -78,7 +78,7 @@ def run_name(checkpoint: Path) -> str:
 
 def greet(api: "Api", address: tuple[Any, ...]) -> None:
     """Say where the server is, and what to type to try it."""
-    from tinyllm_jax.server.gate import is_loopback
+    from tinyllm_jax.server.gate import KEY_VARIABLE, is_loopback
 
     host, port = address[:2]
     if not api.keys and not is_loopback(host):

@@ -52,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
     seconds = measured.finish()
     startup = min(measured.startup_seconds(), seconds)
     say(f"Whole    {seconds:.1f} s, {startup:.1f} s of them before the first steps")
-    kills = kill_and_resume(
+    kills, cut = kill_and_resume(
         flags,
         killed,
         kills=arguments.kills,
@@ -61,7 +61,12 @@ def main(words: Sequence[str] | None = None) -> int:
         steps=config.train.max_steps,
         seed=arguments.kill_seed,
     )
-    return tell(whole, killed, kills=kills, parent=parent, keep=bool(arguments.keep))
+    if kills == 0:
+        raise InputError(
+            "The run had ended before it could be killed. Make it longer with --max-steps, or give "
+            f"another --kill-seed; {parent} keeps what was made."
+        )
+    return tell(whole, killed, kills=kills, cut=cut, parent=parent, keep=bool(arguments.keep))
 
 
 def parse(words: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -182,10 +187,13 @@ def kill_and_resume(
     step_seconds: float,
     steps: int,
     seed: int,
-) -> int:
-    """Run, kill and resume, then let it end; gives how many kills met it at work.
+) -> tuple[int, int]:
+    """Run, kill and resume, then let it end.
 
-    Each moment is somewhere in what is left of the run, its start included.
+    Each moment is somewhere in what is left of the run, the second half of its start included.
+
+    Returns:
+        How many kills met it at work, and after how many of them steps had to be made again.
 
     Args:
         startup_seconds: From the command to the first steps.
@@ -193,23 +201,25 @@ def kill_and_resume(
         steps: Length of the run.
         seed: Seed of the moments.
     """
-    chance, done, saved = random.Random(seed), 0, 0
+    chance, done, cut, saved = random.Random(seed), 0, 0, 0
     for number in range(1, kills + 1):
-        moment = chance.uniform(0.0, startup_seconds + step_seconds * (steps - saved))
-        if not Attempt(flags, folder).kill_after(moment):
+        left = step_seconds * (steps - saved)
+        moment = chance.uniform(startup_seconds / 2, startup_seconds + left)
+        if saved >= steps or not Attempt(flags, folder).kill_after(moment):
             break
         done += 1
         reached = [row["step"] for row in read_metrics(folder / "metrics.jsonl")]
         saved = max((step for step, _ in step_folders(folder)), default=0)
+        cut += max(reached, default=0) > saved
         say(
             f"Kill {number:<3} after {moment:.1f} s; metrics reached step "
             f"{max(reached, default=0)}, goes on from step {saved}"
         )
     Attempt(flags, folder).finish()
-    return done
+    return done, cut
 
 
-def tell(whole: Path, killed: Path, *, kills: int, parent: Path, keep: bool) -> int:
+def tell(whole: Path, killed: Path, *, kills: int, cut: int, parent: Path, keep: bool) -> int:
     """Compare both runs and print the verdict; gives the exit code."""
     from tinyllm_jax.training.resume_check import compare_runs
 
@@ -221,7 +231,7 @@ def tell(whole: Path, killed: Path, *, kills: int, parent: Path, keep: bool) -> 
         print(f"Both runs are kept in {parent}.")
         return 1
     print(
-        f"EXACT after {kills} kills: {len(found.steps)} checkpoints with {found.arrays:,} arrays of "
+        f"EXACT after {kills} kills, {cut} of them past the last checkpoint: {len(found.steps)} checkpoints with {found.arrays:,} arrays of "
         f"{found.numbers:,} numbers, and {found.rows:,} rows of metrics.jsonl, are the same bits."
     )
     if keep:

@@ -35,6 +35,12 @@ class Question:
     cue: str  # what is written round the question, before an answer: has {question}
     choices: tuple[str, ...]
     gold: int  # place of the right one, from 0
+    support: str = ""  # what is read before the question
+
+    @property
+    def asked(self) -> str:
+        """Write the question with what is read before it."""
+        return self.support + self.text
 
     def prompt(self, cue: str) -> str:
         """Write what stands before an answer.
@@ -42,7 +48,7 @@ class Question:
         Args:
             cue: Written instead of the usual one; "" is the usual one.
         """
-        return (cue or self.cue).replace(QUESTION, self.text)
+        return self.support + (cue or self.cue).replace(QUESTION, self.text)
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ def sciq_question(record: Mapping[str, Any]) -> Question:
     choices = tuple(filled_text(record.get(name), name) for name in names)
     support = str(record.get("support") or "").lstrip()
     text = filled_text(record.get("question"), "question")
-    return Question(text, f"{support}\n{CUE}" if support else CUE, choices, len(choices) - 1)
+    return Question(text, CUE, choices, len(choices) - 1, f"{support}\n" if support else "")
 
 
 def hellaswag_text(record: Mapping[str, Any], text: str) -> str:
@@ -205,7 +211,8 @@ def gold_of(record: Mapping[str, Any], choices: tuple[str, ...], labels: tuple[s
     """
     name = first_name(record, ANSWER_NAMES, "which answer is right")
     value = record[name]
-    if isinstance(value, int) and not isinstance(value, bool):
+    # A whole number is a place, but where the answers have such a label.
+    if isinstance(value, int) and not isinstance(value, bool) and str(value) not in labels:
         place = value
     else:
         place = _place_of(str(value).strip(), name, choices, labels)

@@ -213,6 +213,7 @@ def measure_choices(
         question = questions[len(chances)]
         totals = [first.total]
         totals += [s.total for s in itertools.islice(scores, len(question.choices) - 1)]
+        require_numbers(totals, job)
         lengths = {
             "acc": [1] * len(totals),
             "acc_norm": [len(choice) for choice in question.choices],
@@ -249,7 +250,7 @@ def question_encoder(
     system = [Message(SYSTEM, config.chat.system)] if config.chat.system else []
 
     def as_turns(question: Question) -> list[Text]:
-        asked = [*system, Message(USER, question.text)]
+        asked = [*system, Message(USER, question.asked)]
         start = len(template.encode_prompt(asked))
         found = []
         for choice in question.choices:
@@ -305,6 +306,7 @@ def measure_pairs(
     right, ties = [], 0
     scores = reader.score(texts(), on_progress=lambda: on_progress(len(right)))
     for good, bad in in_twos(scores):
+        require_numbers([good.total, bad.total], job)
         # Two sentences that are one to the tokenizer cannot be told apart.
         right.append(good.total > bad.total)
         ties += good.total == bad.total
@@ -328,6 +330,19 @@ def in_twos(scores: Iterable[Scored]) -> Iterator[tuple[Scored, Scored]]:
     """Take scores two by two."""
     each = iter(scores)
     return zip(each, each, strict=True)
+
+
+def require_numbers(totals: Sequence[float], job: Job) -> None:
+    """Refuse a model whose likelihoods cannot be compared.
+
+    Raises:
+        InputError: one of them is no number.
+    """
+    if np.isnan(totals).any():
+        raise InputError(
+            f"{job.data_set.name}: the model's log-likelihoods are no numbers. Look at its weights, or "
+            "evaluate an earlier checkpoint."
+        )
 
 
 def require(found: Sequence[Any], job: Job) -> None:

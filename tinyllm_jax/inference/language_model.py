@@ -35,7 +35,7 @@ class LanguageModel:
     def __init__(self, config: ModelConfig, weights: Mapping[str, Any], tokenizer: Tokenizer):
         self.config = config
         self.tokenizer = tokenizer
-        with self.precision():
+        with precision(self.config):
             self.weights = {name: jnp.asarray(value) for name, value in weights.items()}
             self._generator = Generator(config, tokens=tokenizer.vocab_size)
             structure, _ = model_structure(config)
@@ -60,7 +60,7 @@ class LanguageModel:
         # What stands before padding on the right cannot see it, and buckets save compilations.
         seq = tokens.shape[1]
         width = bucket(seq, limit=self.config.max_position_embeddings)
-        with self.precision():
+        with precision(self.config):
             logits = self._logits(self.weights, np.pad(tokens, ((0, 0), (0, width - seq))))
         return np.asarray(logits[:, :seq], np.float32)
 
@@ -122,7 +122,7 @@ class LanguageModel:
         ]
         if not asked:
             return []
-        with self.precision():
+        with precision(self.config):
             found = self._generator.generate(
                 self.weights,
                 [each.ids for each in asked],
@@ -154,10 +154,11 @@ class LanguageModel:
             )
         return tokens.astype(np.int32)
 
-    def precision(self) -> contextlib.AbstractContextManager[Any]:
-        """Let JAX keep float64 where the model asks for it; without this it makes float32."""
-        double = self.config.compute_dtype == "float64"
-        return jax.enable_x64(True) if double else contextlib.nullcontext()
+
+def precision(config: ModelConfig) -> contextlib.AbstractContextManager[Any]:
+    """Let JAX keep float64 where the model asks for it; without this it makes float32."""
+    double = config.compute_dtype == "float64"
+    return jax.enable_x64(True) if double else contextlib.nullcontext()
 
 
 def load(path: str | Path) -> LanguageModel:

@@ -5,6 +5,7 @@ service.start()
 ticket = service.ask(as_text("Once", model.tokenizer), sampling=..., on_piece=print, ...)
 """
 
+import functools
 import queue
 import sys
 import threading
@@ -17,7 +18,7 @@ from tinyllm_jax.config import EngineConfig, SamplingConfig
 from tinyllm_jax.data.asking import Asked
 from tinyllm_jax.data.chat_template import CONTROL_TOKENS
 from tinyllm_jax.inference.engine import Engine, Job, News, NewToken, Request
-from tinyllm_jax.inference.language_model import LanguageModel
+from tinyllm_jax.inference.language_model import LanguageModel, precision
 from tinyllm_jax.inference.text_stream import TextStream, token_bytes
 
 
@@ -101,11 +102,14 @@ class Ticket:
 
     def take(self, news: News) -> None:
         """Turn news of the engine into a piece, on the engine's thread."""
+        if news.ended:
+            # Whoever hears of the end may ask again at once, so the place is free before.
+            self._service.forget(self, given_up=news.ended == "cancelled" and not self._ended)
         # A stop string ends an answer before the engine hears of it.
         if not self._ended:
             self.send(self._piece(news))
         if news.ended:
-            self._service.forget(self, news.ended)
+            self._service.has_told()
 
     def _piece(self, news: News) -> Piece:
         tokens = news.tokens[:-1] if news.ended == "eos" else news.tokens
@@ -159,7 +163,8 @@ class Service:
         self.can_chat = all(model.tokenizer.control_id(text) is not None for text in CONTROL_TOKENS)
         self.compile_seconds = 0.0
         self._config = config
-        self._precision = model.precision
+        # Not the model itself, whose weights would lie beside those that are kept in fewer bits.
+        self._precision = functools.partial(precision, model.config)
         with self._precision():
             self._engine = Engine(
                 model.config,
@@ -168,8 +173,10 @@ class Service:
                 settings=config,
             )
         self.context = self._engine.room  # tokens of question and answer
+        self.places = config.slots + config.queue  # answers at work and waiting
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._open: set[Ticket] = set()
+        self._telling = 0  # answers that have ended, whose last piece is being handed over
         self._changed = threading.Condition()
         self._closed = False
         self._requests = self._prompt_tokens = self._new_tokens = 0
@@ -221,7 +228,7 @@ class Service:
         with self._changed:
             if self._closed:
                 raise DrainingError("The server is stopping.")
-            if len(self._open) >= self._config.slots + self._config.queue:
+            if len(self._open) >= self.places:
                 raise QueueFullError(
                     f"{len(self._open)} answers are in work or waiting, and no more may. Ask again "
                     "later."
@@ -247,10 +254,13 @@ class Service:
         )
 
     def drain(self, *, seconds: float) -> bool:
-        """Take no more questions and wait for the answers in work; True when all have ended."""
+        """Take no more questions and wait for the answers in work; True when all were finished."""
         with self._changed:
             self._closed = True
-            return self._changed.wait_for(lambda: not self._open, timeout=seconds)
+            ended = self._changed.wait_for(
+                lambda: not (self._open or self._telling), timeout=seconds
+            )
+            return ended and not self._failed
 
     def stop(self) -> None:
         """Cancel what is in work, and end the thread."""
@@ -277,13 +287,19 @@ class Service:
             told(token.id, token.log_prob), tuple(told(*each) for each in token.alternatives)
         )
 
-    def forget(self, ticket: Ticket, ended: str) -> None:
+    def forget(self, ticket: Ticket, *, given_up: bool) -> None:
         """Count an answer that has left the engine."""
         assert ticket.job is not None
         with self._changed:
             self._open.discard(ticket)
+            self._telling += 1
             self._new_tokens += ticket.job.made_tokens
-            self._cancelled += ended == "cancelled"
+            self._cancelled += given_up
+
+    def has_told(self) -> None:
+        """Note that the last piece of an answer has been handed over."""
+        with self._changed:
+            self._telling -= 1
             self._changed.notify_all()
 
     def _work(self) -> None:

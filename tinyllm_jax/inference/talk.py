@@ -121,10 +121,19 @@ class Talk:
         return self.ask("".join(turn.content for turn in self.turns))
 
     def retry(self) -> Answer:
-        """Draw the last answer again."""
+        """Draw the last answer again.
+
+        Raises:
+            InputError: there is no room for an answer any more; what was said stays.
+        """
         assert self._last is not None
+        said = self.turns
         text, self.turns = self._last
-        return self.ask(text)
+        try:
+            return self.ask(text)
+        except BaseException:
+            self.turns = said
+            raise
 
     def used_tokens(self) -> int:
         """Count the tokens of what was said, a system prompt included."""

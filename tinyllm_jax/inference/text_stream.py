@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from tinyllm_jax.data.tokenizer import Tokenizer
 
+# A character has four bytes at most, so more tokens without one are no beginning of any.
+LONGEST_HELD = 16
 # What a decoder writes for bytes that are no character, or not yet one.
 NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 BYTES = re.compile("(?:<0x[0-9A-F]{2}>)+")
@@ -18,7 +20,7 @@ class TextStream:
 
     Args:
         tokenizer: Turns ids into text.
-        lead: Tokens before the answer, whose text is not told.
+        lead: Tokens before the answer, whose text is not told; only the last few are looked at.
         stop: Texts that end the answer; they are not told either.
     """
 
@@ -27,20 +29,22 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = [text for text in stop if text]
         # Only the newest tokens are decoded again, behind some whose text is settled.
-        self._settled = [*lead]
+        self._settled = [id for id in lead[-LONGEST_HELD:] if id != tokenizer.eos_id]
         self._new: list[int] = []
         self._held = ""
 
     def push(self, id: int) -> str:
         """Take one token, and give the text that can be told now."""
         assert not self.stopped
+        if not token_bytes(self._tokenizer, id):
+            return ""  # a control token; behind an eos a decoder would write nothing more
         self._new.append(id)
         text = self._decode_new()
-        if text.endswith(NO_CHARACTER):
+        if text.endswith(NO_CHARACTER) and len(self._new) < LONGEST_HELD:
             return ""
         if text:
-            # Tokens without text, such as control tokens, stay among the new ones: a decoder that
-            # drops the first space of what it is given must see a word before it.
+            # A token without text of its own stays among the new ones: a decoder that drops the
+            # first space of what it is given must see a word before it.
             self._settled, self._new = self._new, []
         return self._tell(text)
 

@@ -120,12 +120,15 @@ def _gated_kept(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
 
 
 def _gated_gradients(kept: tuple[Array, Array], change: Array) -> tuple[Array, Array]:
-    def again(gate: Array, up: Array) -> Array:
-        # silu in other words: XLA would find the same exponentials in the forward pass, and keep these and
-        # what they are multiplied with, which takes more time and memory than making them twice.
-        return gate * (0.5 + 0.5 * jnp.tanh(0.5 * gate)) * up
-
-    return jax.vjp(again, *kept)[1](change)
+    wide = jnp.promote_types(change.dtype, jnp.float32)
+    gate, up, change = (each.astype(wide) for each in (*kept, change))
+    # The sigmoid in other words: XLA would find the same exponentials in the forward pass, and keep these and
+    # what they are multiplied with, which takes more time and memory than making them twice.
+    small = jnp.exp(-jnp.abs(gate))
+    sigmoid = jnp.where(gate >= 0, 1.0, small) / (1.0 + small)
+    silu = gate * sigmoid
+    of_gate = change * up * (sigmoid + silu * (1.0 - sigmoid))
+    return of_gate.astype(kept[0].dtype), (change * silu).astype(kept[1].dtype)
 
 
 _gated.defvjp(_gated_kept, _gated_gradients)

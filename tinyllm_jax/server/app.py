@@ -17,8 +17,10 @@ from tinyllm_jax.config import SamplingConfig, ServerConfig
 from tinyllm_jax.data.asking import Asked, as_conversation, as_text
 from tinyllm_jax.data.chat import ROLES, TOOL, USER, Message, check_turns
 from tinyllm_jax.data.chat_records import BadRecord
+from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference.service import DrainingError, QueueFullError, Service
+from tinyllm_jax.inference.text_stream import LONGEST_HELD, token_bytes
 from tinyllm_jax.server.answers import Answers, ClientGoneError
 from tinyllm_jax.server.description import openapi
 from tinyllm_jax.server.errors import ApiError
@@ -99,7 +101,7 @@ class Api:
             self.settings,
             keys=self.keys,
             metrics=self.metrics,
-            paths=[route.path for route in routes],
+            paths=[route.path.replace("{name:path}", self.model_name) for route in routes],
             open_paths=[*self._page.names, "/health", "/openapi.json"],
         )
 
@@ -152,6 +154,13 @@ class Api:
                 f"{self.settings.max_choices} to a request.",
                 param="n",
             )
+        if samples * prompts > self.service.places:
+            raise ApiError(
+                400,
+                f"{samples * prompts} answers are asked for (prompts x n), and this server has room for "
+                f"{self.service.places} at work and waiting (engine.slots + engine.queue).",
+                param="n",
+            )
         return samples
 
     def prompt(self, prompt: str | list[int]) -> Asked:
@@ -165,8 +174,11 @@ class Api:
                 f"prompt: token ids go from 0 to {tokenizer.vocab_size - 1}, and there must be one.",
                 param="prompt",
             )
+        # Behind an eos a decoder writes nothing more.
+        ends = [place for place, id in enumerate(prompt, start=1) if id == tokenizer.eos_id]
+        lead = prompt[ends[-1] :] if ends else prompt
         return Asked(
-            prompt, tokenizer.eos_id, lambda found: tokenizer.decode([*prompt, *found]), prompt
+            prompt, tokenizer.eos_id, lambda found: tokenizer.decode([*lead, *found]), lead
         )
 
     async def answer(
@@ -179,9 +191,11 @@ class Api:
         samples: int,
     ) -> Response:
         """Ask the service, and answer whole or as a stream."""
+        tokenizer = self.service.tokenizer
+        spaceless = [loses_space(prompt.lead, tokenizer) for prompt in prompts]
         reply = kind(
             self.model_name,
-            choices=samples * len(prompts),
+            spaceless=[each for each in spaceless for _ in range(samples)],
             told=asked.alternatives is not None,
             include_usage=asked.include_usage,
         )
@@ -190,7 +204,7 @@ class Api:
             self.ask(answers, asked, prompts, samples=samples)
             answers.watch(request.receive)
             if asked.stream:
-                return EventStream(answers, reply, self.settings, on_end=self.count)
+                return EventStream(answers, reply, on_end=self.count)
             with answers:
                 while answers.open:
                     for number, piece in await answers.next():
@@ -335,6 +349,16 @@ class Api:
     async def describe(self, _: Request) -> Response:
         """Give the OpenAPI description."""
         return Response(self._description, media_type="application/json")
+
+
+def loses_space(lead: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Tell whether a word behind these tokens is written without the space that it begins with."""
+    word = tokenizer.encode("a")
+    text = b"".join(token_bytes(tokenizer, id) for id in word).decode(errors="replace")
+    lead = lead[-LONGEST_HELD:]
+    return text.startswith(" ") and not tokenizer.decode([*lead, *word])[
+        len(tokenizer.decode(lead)) :
+    ].startswith(" ")
 
 
 async def off_the_loop(make: Callable[[], Any], *, size: int) -> Any:

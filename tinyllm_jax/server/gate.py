@@ -2,6 +2,7 @@
 
 import hmac
 import ipaddress
+import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from tinyllm_jax.server.replies import encode_json
 
 Send = Callable[[Any], Awaitable[None]]
 
+# In the environment, since everybody on a machine can read a program's flags.
+KEY_VARIABLE = "TINYLLM_API_KEY"
+
 
 class Gate:
     """ASGI middleware.
 
     Args:
         app: Answers what is let in.
-        settings: Address and names of the server.
+        settings: Names of the server; its host is the address that it listens at.
         keys: One of these must come with each request, unless there are none.
         metrics: Counts the answers.
         paths: Counted by themselves; what a client makes up is counted together.
@@ -95,9 +99,11 @@ def read_keys(api_key_file: str, environment: str) -> list[bytes]:
     """Collect the keys that let requests in: lines of a file, and one from the environment.
 
     Raises:
-        InputError: the file is not there or holds none.
+        InputError: the file is not there, or one of them holds none.
     """
-    keys = [environment.encode()] if environment else []
+    keys = [os.fsencode(environment).strip()] if environment else []
+    if keys == [b""]:
+        raise InputError(f"{KEY_VARIABLE} holds spaces alone. Put a key there, or unset it.")
     if api_key_file:
         path = Path(api_key_file)
         if not path.is_file():

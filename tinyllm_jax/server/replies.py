@@ -42,7 +42,7 @@ class Reply:
 
     Args:
         model_name: Name of the model.
-        choices: Number of answers.
+        spaceless: Of each answer, whether its text begins without the space of its first word.
         told: Log-probabilities were asked for.
         include_usage: A stream ends with the counts of tokens.
     """
@@ -51,7 +51,10 @@ class Reply:
     chunk_kind = ""
     prefix = ""
 
-    def __init__(self, model_name: str, *, choices: int, told: bool, include_usage: bool):
+    def __init__(
+        self, model_name: str, *, spaceless: Sequence[bool], told: bool, include_usage: bool
+    ):
+        choices = len(spaceless)
         self.told = told
         self._include_usage = include_usage
         self._base = {
@@ -173,11 +176,15 @@ class CompletionReply(Reply):
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
-    def __init__(self, model_name: str, *, choices: int, told: bool, include_usage: bool):
-        super().__init__(model_name, choices=choices, told=told, include_usage=include_usage)
+    def __init__(
+        self, model_name: str, *, spaceless: Sequence[bool], told: bool, include_usage: bool
+    ):
+        super().__init__(model_name, spaceless=spaceless, told=told, include_usage=include_usage)
+        choices = len(spaceless)
         decoder = codecs.getincrementaldecoder("utf-8")
         self._decoders = [decoder(errors="replace") for _ in range(choices)]
         self._offsets = [0] * choices
+        self._loses_space = [*spaceless]  # and the word has not come yet
 
     def content(self, text: str) -> dict[str, Any]:
         """Shape the text of a whole answer."""
@@ -189,7 +196,13 @@ class CompletionReply(Reply):
 
     def log_probs(self, number: int, tokens: Sequence[ToldToken]) -> dict[str, Any]:
         """Shape the log-probabilities of some tokens, which follow those of the last call."""
-        lengths = [len(self._decoders[number].decode(each.token.bytes)) for each in tokens]
+        lengths = []
+        for each in tokens:
+            text = self._decoders[number].decode(each.token.bytes)
+            if text and self._loses_space[number]:
+                self._loses_space[number] = False
+                text = text.removeprefix(" ")
+            lengths.append(len(text))
         *offsets, self._offsets[number] = itertools.accumulate(
             lengths, initial=self._offsets[number]
         )

@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 
 import uvicorn
@@ -19,7 +20,7 @@ from tinyllm_jax.server.streaming import ABORT
 MAX_HEAD_BYTES = 65_536
 # What the system may keep for a client that does not read, besides what uvicorn keeps.
 SEND_BUFFER_BYTES = 262_144
-# Time for the last bytes to go out, once every answer is made.
+# Least time for the last bytes to go out, once every answer is made.
 CLOSING_SECONDS = 5
 
 
@@ -57,16 +58,20 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def protocol(settings: ServerConfig) -> type[HttpToolsProtocol]:
-    """Make the kind of connection, which ends when a request's head is too long or too slow."""
+    """Make the kind of connection, which ends when a request's head is too long or too slow, or
+    when its client takes nothing of what is sent."""
 
     class Connection(HttpToolsProtocol):
         """One client's connection."""
 
         _head_bytes = 0
         _head_clock: asyncio.TimerHandle | None = None
+        _stall_clock: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            # So that writing is paused as long as anything waits for the client.
+            transport.set_write_buffer_limits(high=0)
             self._head_clock = self.loop.call_later(settings.request_seconds, transport.abort)
 
         def data_received(self, data: bytes) -> None:
@@ -91,9 +96,34 @@ def protocol(settings: ServerConfig) -> type[HttpToolsProtocol]:
             self._head_bytes = 0
             super().on_message_complete()
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._watch(self.transport.get_write_buffer_size())
+
+        def resume_writing(self) -> None:
+            self._stop_watching()
+            super().resume_writing()
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_clock()
+            self._stop_watching()
             super().connection_lost(exc)
+
+        def _watch(self, unsent: int) -> None:
+            self._stall_clock = self.loop.call_later(settings.stall_seconds, self._look, unsent)
+
+        def _look(self, before: int) -> None:
+            unsent = self.transport.get_write_buffer_size()
+            if unsent < before:
+                self._watch(unsent)
+            else:
+                # Closing would wait for what the client does not take.
+                self.transport.abort()
+
+        def _stop_watching(self) -> None:
+            if self._stall_clock is not None:
+                self._stall_clock.cancel()
+                self._stall_clock = None
 
         def _stop_clock(self) -> None:
             if self._head_clock is not None:
@@ -108,10 +138,11 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, api: Api, *, on_start: Callable[[], None]):
         super().__init__(config)
-        self.was_drained = True  # every answer in work was finished
+        self.was_drained = True  # every answer in work was finished, and was sent to its end
         self._api, self._on_start = api, on_start
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ends: list[asyncio.Task[None]] = []
+        self._delivery_seconds: float = CLOSING_SECONDS
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
@@ -126,15 +157,36 @@ class Server(uvicorn.Server):
         self._api.is_draining = True
         self._loop.call_soon_threadsafe(lambda: self._ends.append(asyncio.create_task(end())))
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let the last bytes go out, but not for ever."""
+        assert self._loop is not None
+        clock = self._loop.call_later(self._delivery_seconds, self._cut)
+        await super().shutdown(sockets)
+        clock.cancel()
+
+    def _cut(self) -> None:
+        for connection in [*self.server_state.connections]:
+            assert isinstance(connection, HttpToolsProtocol)
+            cycle = connection.cycle
+            # Where no answer has begun, the request has not come to its end.
+            if cycle is not None and cycle.response_started:
+                self.was_drained = False
+            connection.transport.abort()
+
     async def _drain(self) -> None:
         seconds = self._api.settings.drain_seconds
+        end = time.monotonic() + seconds
         _say(f"Stopping: answers in work have {seconds:g} seconds. Another signal stops at once.")
         if await asyncio.to_thread(self._api.service.drain, seconds=seconds):
+            self._delivery_seconds = max(end - time.monotonic(), CLOSING_SECONDS)
             self.should_exit = True
         else:
             await self._stop_now()
 
     async def _stop_now(self) -> None:
+        if self.should_exit:
+            self._cut()
+            return
         self.was_drained = False
         await asyncio.to_thread(self._api.service.stop)
         self.should_exit = True
@@ -159,8 +211,8 @@ def make_server(api: Api, *, on_start: Callable[[], None]) -> Server:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=settings.max_connections,
-        timeout_graceful_shutdown=CLOSING_SECONDS,
+        # uvicorn turns away who makes their number so many.
+        limit_concurrency=settings.max_connections + 1,
     )
     return Server(config, api, on_start=on_start)
 

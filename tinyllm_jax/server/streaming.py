@@ -1,12 +1,10 @@
 """An answer as server-sent events."""
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
 from starlette.responses import Response
 
-from tinyllm_jax.config import ServerConfig
 from tinyllm_jax.server.answers import Answers, ClientGoneError
 from tinyllm_jax.server.errors import ApiError
 from tinyllm_jax.server.replies import Reply, event
@@ -16,12 +14,11 @@ ABORT = "tinyllm.abort"
 
 
 class EventStream(Response):
-    """Sends pieces as they come; a client that takes nothing for too long is let go.
+    """Sends pieces as they come; a client that reads too slowly is let go.
 
     Args:
         answers: Where the pieces come from.
         reply: Their shape.
-        settings: Limits.
         on_end: Called when all was sent.
     """
 
@@ -31,14 +28,12 @@ class EventStream(Response):
         self,
         answers: Answers,
         reply: Reply,
-        settings: ServerConfig,
         *,
         on_end: Callable[[Answers], None],
     ):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._answers, self._reply, self._on_end = answers, reply, on_end
-        self._seconds = settings.stall_seconds
 
     async def __call__(self, scope: Any, _: Any, send: Any) -> None:
         """Send all of it."""
@@ -46,8 +41,8 @@ class EventStream(Response):
 
         async def put(body: bytes, *, more: bool = True) -> None:
             message = {"type": "http.response.body", "body": body, "more_body": more}
-            async with asyncio.timeout(self._seconds):
-                await send(message)
+            # Ends with the connection, too, which ends itself when its client takes nothing.
+            await send(message)
 
         with answers:
             try:
@@ -68,7 +63,7 @@ class EventStream(Response):
                 except ApiError as error:
                     body = event(error.content)
                 await put(body, more=False)
-            except (ClientGoneError, TimeoutError):
+            except ClientGoneError:
                 # Closing would wait for what the client does not take.
                 abort = scope.get(ABORT)
                 if abort is not None:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from tinyllm_jax.config import Config, LoggingConfig, config_to_table
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.settings import flatten
+from tinyllm_jax.training.spans import merge_spans
 
 Row = Mapping[str, Any]
 # Settings that change no number of a run.
@@ -66,6 +67,7 @@ class Loggers:
 
     def __init__(self, loggers: Sequence[Logger], *, say: Callable[[str], None]):
         self._loggers, self._say = [*loggers], say
+        self._failed: list[Logger] = []
 
     def begin(self, rows: Sequence[Row], config: Config) -> None:
         """Make all curves those of some rows of metrics."""
@@ -82,8 +84,12 @@ class Loggers:
         self._each(lambda logger: logger.flush())
 
     def close(self) -> None:
-        """End all of them."""
+        """End all of them, also what those that failed have open."""
+        failed, self._failed = self._failed, []
         self._each(lambda logger: logger.close())
+        for logger in failed:
+            with contextlib.suppress(Exception):  # that it fails has been said
+                logger.close()
 
     def _each(self, work: Callable[[Logger], None]) -> None:
         for logger in [*self._loggers]:
@@ -91,6 +97,7 @@ class Loggers:
                 work(logger)
             except Exception as error:  # of whatever type: training goes on
                 self._loggers.remove(logger)
+                self._failed.append(logger)
                 what = " ".join(f"{type(error).__name__}: {error}".split())
                 self._say(
                     f"warning: {logger.name} failed and gets no more numbers ({what}). metrics.jsonl "
@@ -134,8 +141,8 @@ def open_loggers(
     from tinyllm_jax.training.trackers import make_logger
 
     loggers = Loggers([make_logger(name, config, folder) for name in config.logging.to], say=say)
-    loggers.begin(rows, config)
     try:
+        loggers.begin(rows, config)
         yield loggers
     finally:
         loggers.close()
@@ -146,9 +153,9 @@ def key_of(config: Config, rows: Sequence[Row]) -> str:
     settings = flatten(config_to_table(config))
     kept = {name: value for name, value in settings.items() if not name.startswith(NOT_OF_NUMBERS)}
     # A resumed run has those of earlier rewinds among its settings.
-    left_out = {*kept.pop("monitor.skip_batches")}
-    left_out |= {row["batches"] for row in rows if row["kind"] == "rewind"}
-    text = json.dumps([sorted(left_out), kept], sort_keys=True, default=list)
+    left_out = [*kept.pop("monitor.skip_batches")]
+    left_out += [row["batches"] for row in rows if row["kind"] == "rewind"]
+    text = json.dumps([merge_spans(left_out), kept], sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,6 +1,7 @@
 """The one training loop: every objective brings batches and a loss, `fit` does the rest."""
 
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,11 +15,12 @@ from flax import nnx
 
 from tinyllm_jax.config import Config
 from tinyllm_jax.data.batches import prefetch
+from tinyllm_jax.data.files import sha256_of_file
 from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.model.weights import Weights
 from tinyllm_jax.training.adapters import make_whole, trained_structure
 from tinyllm_jax.training.checkpoint import read_checkpoint, save_checkpoint
-from tinyllm_jax.training.distributed import hosts, stop_together
+from tinyllm_jax.training.distributed import Hosts, hosts, stop_together
 from tinyllm_jax.training.layer_look import is_layer_look, make_layer_look
 from tinyllm_jax.training.loggers import open_loggers
 from tinyllm_jax.training.metrics import MetricsFile
@@ -39,7 +41,7 @@ from tinyllm_jax.training.step import (
     make_train_step,
     scan_steps,
 )
-from tinyllm_jax.training.step_folders import mark_best, prune_checkpoints
+from tinyllm_jax.training.step_folders import mark_best, prune_checkpoints, step_folders
 from tinyllm_jax.training.step_log import StepLog
 
 HostBatch = dict[str, np.ndarray]
@@ -172,7 +174,7 @@ def fit(
     shown = Progress if here.is_first else Silent
     with (
         here.first_writes(folder) as notes,
-        MetricsFile(notes / "metrics.jsonl", resume_step=first_step) as metrics,
+        MetricsFile(_same_rows(folder, notes, here), resume_step=first_step) as metrics,
         shown(first_step=first_step, max_steps=settings.max_steps) as progress,
         open_loggers(
             config, folder, past := metrics.rows(), writes=here.is_first, say=progress.note
@@ -209,8 +211,8 @@ def fit(
         if look_first:
             looks.look(whole(state.weights), first_step)
             looks.best = best  # of which there is a checkpoint
-        if config.monitor.rewinds > 0 and first_step == 0:
-            # So that there always is one to go back to.
+        if config.monitor.rewinds > 0 and not step_folders(folder):
+            # So that there is one to go back to from the first.
             _save(folder, state, feed.course.write_into(config), identity, best=None, is_best=False)
         sizes: set[int] = set()  # of dispatches; each size is a program, and 0 a look at the layers
         for steps in feed:
@@ -247,17 +249,17 @@ def fit(
             if is_look or is_save or is_stop:
                 log.write(leave=0)
             if trouble := monitor.trouble:
-                path = go_back(
+                chosen = go_back(
                     *(folder, config, trouble, feed.course, monitor, metrics, progress),
-                    once=here.first,
+                    once=lambda work: here.share(work() if here.is_first else "")[0],
                 )
-                if path is None:
+                if chosen is None:
                     nonfinite = describe_no_rewind(config, trouble, rewinds=monitor.rewinds)
                     is_stop = True
                 else:
+                    path, looks.best = chosen
                     back = read_checkpoint(path)
                     state = restored_state(back, config, parallel)
-                    looks.best = back.best
                     feed.go_back(back.step)
                     log.forget()
                     loggers.begin(metrics.rows(), config)
@@ -410,7 +412,10 @@ def _save(
     best: dict[str, Any] | None,
     is_best: bool,
 ) -> None:
-    """Write a checkpoint, name it the best if it is, and remove those that are too many."""
+    """Write a checkpoint, name it the best if it is, and remove those that are too many.
+
+    While steps fail, none are removed in a run that may have to go back to before the first of them.
+    """
     save_checkpoint(
         folder,
         state,
@@ -424,7 +429,26 @@ def _save(
     if is_best:
         mark_best(folder, int(state.step))
     best_step = best["step"] if best else None
-    prune_checkpoints(folder, keep=config.checkpoint.keep, best_step=best_step)
+    if config.monitor.rewinds == 0 or int(state.nonfinite_streak) == 0:
+        prune_checkpoints(folder, keep=config.checkpoint.keep, best_step=best_step)
+
+
+def _same_rows(folder: Path, notes: Path, here: Hosts) -> Path:
+    """Name the metrics file of this process, with the rows so far: from them follow batches and rewinds.
+
+    Raises:
+        InputError: processes do not see the same rows.
+    """
+    path, shared = notes / "metrics.jsonl", folder / "metrics.jsonl"
+    if here.count > 1:
+        if not here.is_first and shared.is_file():
+            shutil.copyfile(shared, path)
+        # Nobody goes on before all have read: process 0 is about to cut the file.
+        here.agree(
+            {str(shared): sha256_of_file(path) if path.is_file() else "not there"},
+            advice="Name a folder with --out that all hosts share.",
+        )
+    return path
 
 
 def dispatches(config: Config, *, first_step: int) -> Iterator[range]:

@@ -67,7 +67,8 @@ class MetricsFile:
 
     Args:
         path: The file.
-        resume_step: Lines of later steps are dropped first, since those steps come again.
+        resume_step: Lines of later steps are dropped first, since those steps come again; but what
+            was left out stays left out, and rewinds count.
     """
 
     def __init__(self, path: Path, *, resume_step: int):
@@ -75,7 +76,12 @@ class MetricsFile:
         self._keep_until(resume_step)
 
     def _keep_until(self, step: int) -> None:
-        rows = [row for row in read_metrics(self._path) if row["step"] <= step]
+        rows = [
+            # Of the step that it is cut to, so that steps never fall from row to row.
+            {**row, "step": min(row["step"], step)} if row["kind"] == "rewind" else row
+            for row in read_metrics(self._path)
+            if row["step"] <= step or row["kind"] == "rewind"
+        ]
         write_file(self._path, "".join(map(_line, rows)).encode())
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
 
@@ -119,12 +125,14 @@ class MetricsFile:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps({key: _plain(value) for key, value in row.items()}) + "\n"
+    return json.dumps(_plain(dict(row)), allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:
     """Write NaN and infinities as text: JSON has no such numbers, and null would hide which."""
-    if isinstance(value, list):
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)

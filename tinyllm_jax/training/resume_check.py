@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tinyllm_jax.config import config_to_table
 from tinyllm_jax.training.checkpoint import Checkpoint, read_checkpoint
 from tinyllm_jax.training.metrics import read_metrics
 from tinyllm_jax.training.step_folders import damage, step_folders
@@ -31,9 +32,11 @@ def compare_runs(one: Path, other: Path) -> Comparison:
     folders = dict(step_folders(one)), dict(step_folders(other))
     steps = sorted(folders[0].keys() & folders[1].keys())
     found, arrays, numbers = [], 0, 0
-    if not steps or max(folders[0]) != max(folders[1]):
-        found.append(f"the last checkpoints are of steps {max(folders[0], default=0)} and "
-                     f"{max(folders[1], default=0)}")  # fmt: skip
+    if folders[0].keys() != folders[1].keys() or not steps:
+        found.append(f"checkpoints of steps {[*folders[0]]} and {[*folders[1]]}")
+    best = [(run / "best").resolve().name for run in (one, other)]
+    if best[0] != best[1]:
+        found.append(f"best is {best[0]} and {best[1]}")
     for step in steps:
         damaged = [f"{run[step]}: {problem}" for run in folders if (problem := damage(run[step]))]
         found += damaged
@@ -58,9 +61,13 @@ def compare_runs(one: Path, other: Path) -> Comparison:
 
 
 def arrays_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Name every number of a checkpoint that a run goes on from."""
+    """Name all of a checkpoint that a run goes on from; where it lies is left out."""
     moments = checkpoint.moments
+    settings = {**config_to_table(checkpoint.config), "run": None}
     return {
+        "settings": np.array(repr(settings)),
+        "data": np.array(checkpoint.dataset_hash),
+        "tokenizer": np.array(checkpoint.tokenizer_hash),
         "step": np.array(checkpoint.step),
         "count of updates": np.array(moments.count),
         "streak of steps without numbers": np.array(checkpoint.nonfinite_streak),

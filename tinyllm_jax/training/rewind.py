@@ -7,15 +7,17 @@ the list of those left out still say everything about what comes next. The list 
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tinyllm_jax.config import Config
 from tinyllm_jax.data.files import free_name
+from tinyllm_jax.errors import InputError
 from tinyllm_jax.training.metrics import MetricsFile
 from tinyllm_jax.training.monitor import Monitor, Trouble
 from tinyllm_jax.training.progress import Progress
+from tinyllm_jax.training.spans import Span, merge_spans, span_as_text
 from tinyllm_jax.training.step_folders import damage, mark_best, step_folders
 
 
@@ -30,8 +32,7 @@ class Course:
     def __init__(self, config: Config, *, past: Iterable[Mapping[str, Any]]):
         spans = [*config.monitor.skip_batches]
         spans += [row["batches"] for row in past if row["kind"] == "rewind"]
-        self._spans: list[tuple[int, int]] = []
-        self._add(spans)
+        self._spans: list[Span] = merge_spans(spans)
 
     def batch(self, step: int) -> int:
         """Give the number, from 0, of the batch of a step, from 1."""
@@ -44,39 +45,45 @@ class Course:
 
     def leave_out(self, first: int, last: int) -> str:
         """Leave out the batches of some steps, which are taken again with others, and name them."""
-        span = _as_text((self.batch(first), self.batch(last)))
-        self._add([span])
+        span = span_as_text((self.batch(first), self.batch(last)))
+        self._spans = merge_spans([*map(span_as_text, self._spans), span])
         return span
 
     def write_into(self, config: Config) -> Config:
         """Give the settings with all that is left out."""
-        spans = tuple(map(_as_text, self._spans))
+        spans = tuple(map(span_as_text, self._spans))
         return dataclasses.replace(
             config, monitor=dataclasses.replace(config.monitor, skip_batches=spans)
         )
 
-    def _add(self, spans: Sequence[str]) -> None:
-        """Keep spans in order, those that touch as one."""
-        merged: list[tuple[int, int]] = []
-        for first, last in sorted([*self._spans, *map(_as_numbers, spans)]):
-            if merged and first <= merged[-1][1] + 1:
-                merged[-1] = (merged[-1][0], max(merged[-1][1], last))
-            else:
-                merged.append((first, last))
-        self._spans = merged
 
+def keep_left_out(config: Config, earlier: Config, *, step: int) -> Config:
+    """Leave out in a resumed run, besides, what its checkpoint's settings do.
 
-def keep_left_out(config: Config, earlier: Config) -> Config:
-    """Leave out in a resumed run, besides, what its checkpoint's settings do."""
+    Args:
+        earlier: Those settings.
+        step: Of the checkpoint.
+
+    Raises:
+        InputError: a batch that the checkpoint has learned from is to be left out. Numbers close up, so
+            that in its stead one that is wanted would be missing.
+    """
     missing = [
         span for span in earlier.monitor.skip_batches if span not in config.monitor.skip_batches
     ]
-    if not missing:
-        return config
-    settings = dataclasses.replace(
-        config.monitor, skip_batches=(*config.monitor.skip_batches, *missing)
-    )
-    return dataclasses.replace(config, monitor=settings)
+    if missing:
+        spans = (*config.monitor.skip_batches, *missing)
+        config = dataclasses.replace(
+            config, monitor=dataclasses.replace(config.monitor, skip_batches=spans)
+        )
+    newest = Course(earlier, past=[]).batch(step)
+    if Course(config, past=[]).batch(step) != newest:
+        raise InputError(
+            f"monitor.skip_batches={' '.join(config.monitor.skip_batches)}: the checkpoint of step {step} "
+            f"has learned from batches up to {newest} already. Name batches from {newest + 1} on, or go "
+            "on from an earlier checkpoint."
+        )
+    return config
 
 
 def go_back(
@@ -88,32 +95,50 @@ def go_back(
     metrics: MetricsFile,
     progress: Progress,
     *,
-    once: Callable[[Callable[[], None]], None],
-) -> Path | None:
-    """Take a run, but its weights, back to before some trouble, and give the checkpoint to read then.
+    once: Callable[[Callable[[], str]], str],
+) -> tuple[Path, dict[str, Any] | None] | None:
+    """Take a run, but its weights, back to before some trouble.
 
     None where that may not be done again, or cannot.
 
     Args:
-        once: Does what only one process of the run does, before the others go on.
+        once: Does what only one process of the run does, before the others go on, and gives all what it says.
+
+    Returns:
+        The checkpoint to read then, and step and loss of the best one that is left.
     """
     if monitor.rewinds >= config.monitor.rewinds:
         return None
-    found = checkpoint_before(folder, config, trouble, note=progress.note)
-    if found is None:
+
+    def choose() -> str:
+        found = checkpoint_before(folder, config, trouble, note=progress.note)
+        if found is None:
+            return json.dumps(None)
+        step, path = found
+        best = still_there(folder, json.loads((path / "meta.json").read_text())["best"])
+        # First: a run that is killed here goes on from that checkpoint, and comes here again.
+        set_aside_later(folder, step=step, best=best)
+        return json.dumps([step, best])
+
+    chosen = json.loads(once(choose))
+    if chosen is None:
         return None
-    step, path = found
-    best = json.loads((path / "meta.json").read_text())["best"]
+    step, best = chosen
     first = max(first_left_out(config, trouble), step + 1)
     batches = course.leave_out(first, trouble.last)
     row = rewind_row(step, trouble, first=first, batches=batches, number=monitor.rewinds + 1)
-    # First: a run that is killed here goes on from that checkpoint, and comes here again.
-    once(lambda: set_aside_later(folder, step=step, best=best))
     metrics.go_back(step, row)
     monitor.go_back(metrics.rows())
     progress.note(row["text"])
     progress.advance(step)
-    return path
+    return folder / "checkpoints" / str(step), best
+
+
+def still_there(folder: Path, best: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Give step and loss of the best checkpoint, if the run folder has it; else the next look is the best."""
+    if best and (folder / "checkpoints" / str(best["step"])).is_dir():
+        return dict(best)
+    return None
 
 
 def first_left_out(config: Config, trouble: Trouble) -> int:
@@ -143,11 +168,11 @@ def checkpoint_before(
 
 
 def set_aside_later(folder: Path, *, step: int, best: Mapping[str, Any] | None) -> None:
-    """Take the checkpoints after a step out of the run, and let `best` point at the best before it."""
+    """Take the checkpoints after a step out of the run, and let `best` point at the best that is left."""
     for later, path in step_folders(folder):
         if later > step:
             path.rename(free_name(path.with_name(f"{later}.rewound")))
-    if best and (folder / "checkpoints" / str(best["step"])).is_dir():
+    if best:
         mark_best(folder, best["step"])
     else:
         (folder / "best").unlink(missing_ok=True)
@@ -180,19 +205,9 @@ def describe_no_rewind(config: Config, trouble: Trouble, *, rewinds: int) -> str
     reason = (
         f"all {config.monitor.rewinds} rewinds are used up"
         if rewinds >= config.monitor.rewinds
-        else "there is no earlier checkpoint to go back to"
+        else f"no good checkpoint from before step {trouble.first} is left to go back to"
     )
     return (
         f"stopped at step {trouble.last}: {trouble.what}, and {reason}. The newest checkpoint is from "
-        "before that. Try a lower --learning-rate or a longer --warmup-steps."
+        f"before step {trouble.last}. Try a lower --learning-rate or a longer --warmup-steps."
     )
-
-
-def _as_numbers(span: str) -> tuple[int, int]:
-    first, _, last = span.partition("-")
-    return int(first), int(last or first)
-
-
-def _as_text(span: tuple[int, int]) -> str:
-    first, last = span
-    return str(first) if first == last else f"{first}-{last}"

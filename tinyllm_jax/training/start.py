@@ -40,7 +40,7 @@ from tinyllm_jax.training.environment import add_start, read_starts
 from tinyllm_jax.training.optim import has_second_moment
 from tinyllm_jax.training.parallel import Parallel
 from tinyllm_jax.training.restored_state import restored_state
-from tinyllm_jax.training.rewind import keep_left_out
+from tinyllm_jax.training.rewind import keep_left_out, still_there
 from tinyllm_jax.training.start_rules import (
     SNAPSHOT,
     changes,
@@ -212,7 +212,7 @@ def find_start(
             "--init-from: a run folder, or anything that convert reads."
         )
     if resumed:
-        config = keep_left_out(config, resumed.config)
+        config = keep_left_out(config, resumed.config, step=resumed.step)
         check_model(resumed, config, goes_on=True)
         check_resume(resumed, config, folder)
         for key, (old, new) in changes(resumed, config).items():
@@ -426,10 +426,7 @@ def facts_of(start: Start) -> dict[str, Any]:
 
 def best_so_far(start: Start) -> dict[str, Any] | None:
     """Give step and loss of the best checkpoint that a resumed run still has in its folder."""
-    best = start.resumed.best if start.resumed else None
-    if best and (start.folder / "checkpoints" / str(best["step"])).is_dir():
-        return best
-    return None
+    return still_there(start.folder, start.resumed.best) if start.resumed else None
 
 
 def frozen_weights(start: Start, parallel: Parallel) -> Weights:

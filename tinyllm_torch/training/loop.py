@@ -22,7 +22,7 @@ from tinyllm_jax.training.progress import Progress
 from tinyllm_jax.training.report import write_report
 from tinyllm_jax.training.rewind import Course, describe_no_rewind, go_back
 from tinyllm_jax.training.signals import stop_on_signals
-from tinyllm_jax.training.step_folders import mark_best, prune_checkpoints
+from tinyllm_jax.training.step_folders import mark_best, prune_checkpoints, step_folders
 from tinyllm_torch.model.transformer import Transformer
 from tinyllm_torch.model.weights import Weights
 from tinyllm_torch.training.checkpoint import read_checkpoint, save_checkpoint
@@ -164,11 +164,13 @@ def fit(
             if is_best:
                 mark_best(folder, state.step)
             best_step = best["step"] if best else None
-            prune_checkpoints(folder, keep=config.checkpoint.keep, best_step=best_step)
+            # While steps fail, the run may have to go back to before the first of them.
+            if config.monitor.rewinds == 0 or state.nonfinite_streak == 0:
+                prune_checkpoints(folder, keep=config.checkpoint.keep, best_step=best_step)
 
         write_report(folder, goes_on=True)
-        if config.monitor.rewinds > 0 and first_step == 0:
-            save(is_best=False)  # so that there always is one to go back to
+        if config.monitor.rewinds > 0 and not step_folders(folder):
+            save(is_best=False)  # so that there is one to go back to from the first
         while state.step < settings.max_steps:
             step = state.step + 1
             asked = time.perf_counter()
@@ -187,16 +189,17 @@ def fit(
             if is_look or is_save or is_stop:
                 log.write()
             if trouble := monitor.trouble:
-                path = go_back(
+                chosen = go_back(
                     *(folder, config, trouble, course, monitor, metrics, progress),
                     once=lambda work: work(),
                 )
-                if path is None:
+                if chosen is None:
                     nonfinite = describe_no_rewind(config, trouble, rewinds=monitor.rewinds)
                     is_stop = True
                 else:
+                    path, best = chosen
                     back = read_checkpoint(path)
-                    state, best = restored_state(back, config), back.best
+                    state = restored_state(back, config)
                     batches.go_back(back.step)
                     log.forget()
                     loggers.begin(metrics.rows(), config)

@@ -14,7 +14,7 @@ from tinyllm_jax.data.files import write_file
 from tinyllm_jax.data.prepare import PreparedData
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.training.environment import add_start, read_starts
-from tinyllm_jax.training.rewind import keep_left_out
+from tinyllm_jax.training.rewind import keep_left_out, still_there
 from tinyllm_jax.training.start_rules import (
     SNAPSHOT,
     changes,
@@ -92,7 +92,7 @@ def find_start(
     if initial:
         check_model(initial, config, goes_on=False)
     if resumed:
-        config = keep_left_out(config, resumed.config)
+        config = keep_left_out(config, resumed.config, step=resumed.step)
         check_model(resumed, config, goes_on=True)
         check_resume(resumed, config, folder)
         for key, (old, new) in changes(resumed, config).items():
@@ -161,10 +161,7 @@ def open_folder(start: Start, prepared: PreparedData) -> None:
 
 def best_so_far(start: Start) -> dict[str, Any] | None:
     """Give step and loss of the best checkpoint that a resumed run still has in its folder."""
-    best = start.resumed.best if start.resumed else None
-    if best and (start.folder / "checkpoints" / str(best["step"])).is_dir():
-        return best
-    return None
+    return still_there(start.folder, start.resumed.best) if start.resumed else None
 
 
 def first_state(start: Start) -> TrainState:

@@ -44,7 +44,7 @@ METAS: dict[str, Any] = {
     "config says text": ({"config": {"model": {"hidden_size": "wide"}}}, "model.hidden_size='wide'"),
     "a huge width": ({"config": {"model": {"hidden_size": 10**15, "num_attention_heads": 7}}},
                      "hidden_size above 16777216"),
-    "a huge number": ({"config": {"model": {"rope_theta": 10**400}}}, "they cannot be read"),
+    "a huge number": ({"config": {"model": {"rope_theta": 10**400}}}, "does not fit. Give a number"),
     "many settings": ({"config": {f"x{n}": n for n in range(10**5)}}, "100,000 of them"),
 }  # fmt: skip
 

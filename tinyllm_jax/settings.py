@@ -19,7 +19,7 @@ T = TypeVar("T")
 # What the arrays that settings become can hold.
 LARGEST = 2**63 - 1
 # Of a value in a message, in characters.
-LONGEST_SHOWN = 300
+LONGEST_SHOWN = 100
 
 
 def setting(

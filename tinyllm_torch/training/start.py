@@ -43,7 +43,7 @@ class Start:
     folder: Path  # the run folder
     resumed: Checkpoint | None  # goes on exactly from here
     initial: Checkpoint | None  # takes the weights and the tokenizer from here
-    preset: str | None  # whose settings it begins with, if not those of a checkpoint
+    preset: str | None = None  # whose settings it begins with, if not those of a checkpoint
 
     @property
     def source(self) -> Checkpoint | None:

@@ -80,6 +80,7 @@ class Scripted:
 
     can_chat = True
     context = 256
+    places = 1000
     is_well = True
 
     def __init__(self, tokenizer: Any):

@@ -262,7 +262,9 @@ def test_one_process_speaks_and_writes(name: str, gone_on: Any) -> None:
     ended = gone_on[name]
     assert "Finished." in ended.said[0]
     for said in ended.said[1:]:
-        assert [line for line in said.splitlines() if "[Gloo]" not in line] == []
+        # Threads of the runtime write such lines in pieces, which may come in any order.
+        gloo = ("[Gloo]", "connected peer ranks")
+        assert [line for line in said.splitlines() if not any(word in line for word in gloo)] == []
     assert told(ended.folder, "train", "step") == list(range(1, 21))
     assert sorted(path.name for path in ended.folder.glob("checkpoints/*")) == ["10", "20"]
 

@@ -14,18 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from tinyllm_jax.data.groups import available_cores
+from tinyllm_jax.training.environment import processor_name
 
 # What a cell says where the machine lacks what it takes, such as a GPU or a package.
 NOT_MEASURED = "not measured"
-
-
-def cpu_name() -> str:
-    """Give the processor's name as its maker wrote it."""
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def gpu_names() -> list[str]:
@@ -41,7 +33,7 @@ def gpu_names() -> list[str]:
 def hardware() -> str:
     """Name processor, cores in use, and GPUs."""
     cores = available_cores()
-    parts = [f"{cpu_name()}, {cores} core{'s' if cores > 1 else ''}"]
+    parts = [f"{processor_name()}, {cores} core{'s' if cores > 1 else ''}"]
     gpus = gpu_names()
     parts += [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
     return ", ".join(parts)

@@ -289,7 +289,7 @@ def test_a_read_only_output_folder_is_refused(folder, capsys):
     assert "Name another folder with --out" in line
 
 
-@pytest.mark.parametrize("kilobytes", [4, 20, 150])
+@pytest.mark.parametrize("kilobytes", [4, 20, 60])
 def test_no_space_left_ends_in_one_line_and_nothing_that_looks_whole(
     kilobytes, folder, command: Command
 ):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tinyllm_jax.cli import run
 from tinyllm_jax.config import EngineConfig, TalkConfig
 from tinyllm_jax.errors import InputError
-from tinyllm_jax.settings import Parser, add_flags, build, parse_flags
+from tinyllm_jax.settings import Parser, add_checkpoint_flag, add_flags, parse_checkpoint_flags
 
 if TYPE_CHECKING:
     from tinyllm_jax.inference.talk import Answer, Talk
@@ -152,16 +152,10 @@ def read_command(words: Sequence[str] | None) -> tuple[str, TalkConfig]:
         prog="python -m tinyllm_jax.chat",
         description="Talk to a trained model. What is said goes to stdout, everything else to stderr.",
     )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        help="run folder (its best checkpoint, else its newest) or step folder",
-    )
+    add_checkpoint_flag(parser)
     add_flags(parser, TalkConfig)
-    arguments, settings, problems = parse_flags(parser, TalkConfig, words)
-    if not arguments.checkpoint:
-        problems.append("--checkpoint is missing. Name a run folder or one of its checkpoints.")
-    return arguments.checkpoint, build(TalkConfig, [("", settings)], problems)
+    arguments, config = parse_checkpoint_flags(parser, TalkConfig, words)
+    return arguments.checkpoint, config
 
 
 if __name__ == "__main__":

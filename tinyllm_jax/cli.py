@@ -80,6 +80,11 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
+def say(text: str) -> None:
+    """Tell the person something, on stderr; stdout is for what was asked for."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def fail(message: str) -> NoReturn:
     """Print what is wrong on stderr, a line a problem, and exit with code 2."""
     for line in lines_to_show(message):

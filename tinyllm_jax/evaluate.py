@@ -4,21 +4,19 @@ The table goes to stdout, `--out FILE` gets every number as JSON, and all else g
 """
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from tinyllm_jax.cli import run
+from tinyllm_jax.cli import run, say
 from tinyllm_jax.config import EvaluateConfig
-from tinyllm_jax.data.files import write_file
+from tinyllm_jax.data.files import for_json, write_file
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.evaluation.run import Writer, evaluate
 from tinyllm_jax.evaluation.table import write_table
 from tinyllm_jax.evaluation.windows import Scorer
-from tinyllm_jax.settings import Parser, add_flags, build, parse_flags
+from tinyllm_jax.settings import Parser, add_checkpoint_flag, add_flags, parse_checkpoint_flags
 
 PROGRAM = "python -m tinyllm_jax.evaluate"
 
@@ -45,20 +43,16 @@ def read_command(words: Sequence[str] | None, *, program: str) -> tuple[str, Eva
         description="Measure a model: loss and bits per byte of documents and conversations, answers "
         "to choose from, minimal pairs, and stories that it writes.",
     )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        help="run folder (its best checkpoint, else its newest), step folder, or anything that "
-        "convert reads",
-    )
+    add_checkpoint_flag(parser)
     add_flags(parser, EvaluateConfig)
-    arguments, settings, problems = parse_flags(parser, EvaluateConfig, words)
-    if not arguments.checkpoint:
-        problems.append(
-            f"--checkpoint is missing. Type {program} --checkpoint RUN --data FILE..., where RUN is a "
-            "run folder or one of its checkpoints."
-        )
-    return arguments.checkpoint, build(EvaluateConfig, [("", settings)], problems)
+    arguments, config = parse_checkpoint_flags(
+        parser,
+        EvaluateConfig,
+        words,
+        missing=f"Type {program} --checkpoint RUN --data FILE..., where RUN is a run folder or one of its "
+        "checkpoints.",
+    )
+    return arguments.checkpoint, config
 
 
 def report(model: Writer, scorer: Scorer, config: EvaluateConfig, *, checkpoint: str) -> None:
@@ -72,19 +66,10 @@ def report(model: Writer, scorer: Scorer, config: EvaluateConfig, *, checkpoint:
         table = {"checkpoint": checkpoint, **evaluate(model, scorer, config, teller=progress)}
     print(write_table(table))
     if out is not None:
-        text = json.dumps(plain(table), indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(for_json(table), indent=1, ensure_ascii=False) + "\n"
         # Half of a surrogate pair, as names of files may hold, becomes the escape that JSON has for it.
         write_file(out, text.encode(errors="backslashreplace"))
-        print(f"Results: {out}", file=sys.stderr)
-
-
-def plain(value: Any) -> Any:
-    """Write NaN and infinities, which JSON has not, as text."""
-    if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [plain(each) for each in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        say(f"Results: {out}")
 
 
 class Progress:
@@ -129,7 +114,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line."""
         self._clear()
-        print(text, file=sys.stderr, flush=True)
+        say(text)
 
     def _clear(self) -> None:
         if self._drawn:

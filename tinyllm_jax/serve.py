@@ -7,15 +7,14 @@ The endpoints are OpenAI's (/v1/chat/completions, /v1/completions, /v1/models), 
 import dataclasses
 import importlib.util
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllm_jax.cli import run
+from tinyllm_jax.cli import run, say
 from tinyllm_jax.config import SamplingConfig, ServeConfig
 from tinyllm_jax.errors import InputError
-from tinyllm_jax.settings import Parser, add_flags, build, parse_flags
+from tinyllm_jax.settings import Parser, add_checkpoint_flag, add_flags, parse_checkpoint_flags
 
 if TYPE_CHECKING:
     from tinyllm_jax.inference.service import Service
@@ -104,21 +103,10 @@ def read_command(words: Sequence[str] | None) -> tuple[str, ServeConfig]:
         description="Serve a trained model over HTTP, as OpenAI's API. Settings of sampling are taken "
         "where a request says nothing.",
     )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        help="run folder (its best checkpoint, else its newest) or step folder",
-    )
+    add_checkpoint_flag(parser)
     add_flags(parser, ServeConfig)
-    arguments, settings, problems = parse_flags(parser, ServeConfig, words)
-    if not arguments.checkpoint:
-        problems.append("--checkpoint is missing. Name a run folder or one of its checkpoints.")
-    return arguments.checkpoint, build(ServeConfig, [("", settings)], problems)
-
-
-def say(text: str) -> None:
-    """Write a line to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    arguments, config = parse_checkpoint_flags(parser, ServeConfig, words)
+    return arguments.checkpoint, config
 
 
 if __name__ == "__main__":

@@ -299,6 +299,37 @@ def describe(field: dataclasses.Field) -> str:
     return f"{rule['help']} ({'; '.join(details)})" if details else rule["help"]
 
 
+def add_checkpoint_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of commands that use a trained model."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="run folder (its best checkpoint, else its newest), step folder, or anything that "
+        "convert reads",
+    )
+
+
+def parse_checkpoint_flags(
+    parser: argparse.ArgumentParser,
+    cls: type[T],
+    words: Sequence[str] | None,
+    *,
+    missing: str = "Name a run folder or one of its checkpoints.",
+) -> tuple[argparse.Namespace, T]:
+    """Read a command line with `--checkpoint` as the parser's own arguments and checked settings.
+
+    Args:
+        missing: What to type where no checkpoint is named.
+
+    Raises:
+        InputError: no checkpoint is named, or a setting is wrong; all problems, one a line.
+    """
+    arguments, settings, problems = parse_flags(parser, cls, words)
+    if not arguments.checkpoint:
+        problems.append(f"--checkpoint is missing. {missing}")
+    return arguments, build(cls, [("", settings)], problems)
+
+
 def parse_flags(
     parser: argparse.ArgumentParser, cls: type, words: Sequence[str] | None
 ) -> tuple[argparse.Namespace, dict[str, Any], list[str]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tinyllm_jax.cli import say
 from tinyllm_jax.config import Config
 from tinyllm_jax.data.asking import Asked, as_question, as_text
 from tinyllm_jax.errors import InputError
@@ -64,11 +65,6 @@ def open_pretraining(config: Config, start: "Start") -> Task:
         make_objective=lambda: make_pretraining(config, prepared),
         asked=as_text(config.sampling.prompt, tokenizer),
     )
-
-
-def say(text: str) -> None:
-    """Tell the person something, on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def open_fine_tuning(config: Config, start: "Start") -> Task:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinyllm_jax.cli import run
+from tinyllm_jax.cli import run, say
 from tinyllm_jax.config import Config, load_config
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.settings import Parser
@@ -239,11 +239,6 @@ def tell(whole: Path, killed: Path, *, kills: int, cut: int, parent: Path, keep:
     else:
         shutil.rmtree(parent)
     return 0
-
-
-def say(text: str) -> None:
-    """Tell the person something, on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

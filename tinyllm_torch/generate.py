@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from tinyllm_jax.cli import run
 from tinyllm_jax.config import GenerateConfig, SamplingConfig
-from tinyllm_jax.settings import Parser, add_flags, build, parse_flags
+from tinyllm_jax.settings import Parser, add_checkpoint_flag, add_flags, parse_checkpoint_flags
 
 # Stands between samples, on a line of its own.
 SEPARATOR = "-" * 40
@@ -42,12 +42,7 @@ def read_command(words: Sequence[str] | None) -> tuple[str, SamplingConfig, bool
         prog="python -m tinyllm_torch.generate",
         description="Let a trained model go on with a text, in PyTorch.",
     )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="PATH",
-        help="run folder (its best checkpoint, else its newest), step folder, or anything that "
-        "convert reads",
-    )
+    add_checkpoint_flag(parser)
     parser.add_argument(
         "--chat",
         action="store_true",
@@ -62,11 +57,8 @@ def read_command(words: Sequence[str] | None) -> tuple[str, SamplingConfig, bool
         default=argparse.SUPPRESS,
         help="the same as --sampling.seed",
     )
-    arguments, settings, problems = parse_flags(parser, GenerateConfig, words)
-    if not arguments.checkpoint:
-        problems.append("--checkpoint is missing. Name a run folder or one of its checkpoints.")
-    sampling = build(GenerateConfig, [("", settings)], problems).sampling
-    return arguments.checkpoint, sampling, arguments.chat
+    arguments, config = parse_checkpoint_flags(parser, GenerateConfig, words)
+    return arguments.checkpoint, config.sampling, arguments.chat
 
 
 if __name__ == "__main__":

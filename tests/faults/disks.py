@@ -248,7 +248,8 @@ def run_vanishes(folder: Path, *, step: int) -> Trial:
         ended = call(*flags)
     fault, what = "folder vanishes", f"the run folder, at step {step}"
     try:
-        left = half_written(folder)
+        # Runs that other trials killed may stand beside it.
+        left = half_written(run, away)
         if ended.is_refusal and not left:
             shutil.rmtree(run, ignore_errors=True)
             away.rename(run)

@@ -1,12 +1,14 @@
-"""Files that are either whole or not there, and locks between processes."""
+"""Files that are either whole or not there, locks between processes, and what JSON can hold."""
 
 import contextlib
 import hashlib
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 if sys.platform != "win32":
     import fcntl
@@ -68,3 +70,14 @@ def locked(path: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
                 on_wait()
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def for_json(value: Any) -> Any:
+    """Write NaN and infinities as text: JSON has no such numbers, and null would hide which."""
+    if isinstance(value, dict):
+        return {key: for_json(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [for_json(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -129,6 +129,15 @@ def window_of(config: EvaluateConfig, model: ModelConfig) -> tuple[int, int]:
     return context, overlap
 
 
+def with_compute_dtype(config: ModelConfig, compute_dtype: str) -> ModelConfig:
+    """Let a model compute in float32 unless its own settings are asked for; float64 stays."""
+    if compute_dtype == "model" or config.compute_dtype == "float64":
+        return config
+    # A kernel that was chosen by name may not know float32.
+    attention = "reference" if config.attention == "reference" else "auto"
+    return dataclasses.replace(config, compute_dtype=compute_dtype, attention=attention)
+
+
 def write_stories(model: Writer, config: EvaluateConfig, *, teller: Teller) -> list[Story]:
     """Let the model write `evaluate.stories` stories that begin with `sampling.prompt`."""
     stories: list[Story] = []

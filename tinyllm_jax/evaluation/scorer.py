@@ -1,6 +1,5 @@
 """The model as one compiled program that gives log-probabilities of tokens."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from tinyllm_jax.config import ModelConfig
+from tinyllm_jax.evaluation.run import with_compute_dtype
 from tinyllm_jax.inference.language_model import LanguageModel
 from tinyllm_jax.model.weights import Weights, merge_weights, model_structure
 from tinyllm_jax.objectives.log_probs import target_log_probs
@@ -60,12 +59,3 @@ def score_row(
     logits = module.logits(hidden[None])
     log_probs = target_log_probs(logits, targets[None])[0]
     return log_probs, jnp.argmax(logits[0], axis=-1) == targets
-
-
-def with_compute_dtype(config: ModelConfig, compute_dtype: str) -> ModelConfig:
-    """Let a model compute in float32 unless its own settings are asked for; float64 stays."""
-    if compute_dtype == "model" or config.compute_dtype == "float64":
-        return config
-    # A kernel that was chosen by name may not know float32.
-    attention = "reference" if config.attention == "reference" else "auto"
-    return dataclasses.replace(config, compute_dtype=compute_dtype, attention=attention)

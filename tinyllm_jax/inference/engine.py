@@ -15,7 +15,6 @@ Source: continuous batching: Yu et al. 2022, Orca (OSDI), section 3; prompts in 
 
 import functools
 import itertools
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -169,7 +168,6 @@ class Engine:
         self.settings = settings
         self.room = settings.context or limit  # positions of a slot
         self.waiting: deque[Job] = deque()
-        self.compilations = 0
         self._turns = itertools.count()
         self._slots: list[Job | None] = [None] * settings.slots
         self._under_way: tuple[_Made, list[tuple[int, Job]]] | None = None
@@ -187,9 +185,8 @@ class Engine:
         self._programs: dict[tuple[int, int], Callable[..., Any]] = {}
         self._read_program: Callable[..., Any] | None = None
 
-    def compile(self) -> float:
-        """Compile every program that will ever run, several at once; gives the seconds it took."""
-        start = time.perf_counter()
+    def compile(self) -> None:
+        """Compile every program that will ever run, several at once."""
         shapes = [(rows, reach) for rows in self._row_counts() for reach in self._reaches()]
         keep = np.zeros(self.settings.slots, bool)
         chunk = np.zeros((1, self.settings.prefill_tokens), np.int32)
@@ -202,8 +199,6 @@ class Engine:
         with ThreadPoolExecutor(max_workers=4) as threads:
             self._read_program, *made = threads.map(lambda each: each.compile(), lowered)
         self._programs = dict(zip(shapes, made, strict=True))
-        self.compilations = len(shapes) + 1
-        return time.perf_counter() - start
 
     def job(self, request: Request, tell: Callable[[News], None]) -> Job:
         """Check a request and make a job of it; this alone may be called from any thread.

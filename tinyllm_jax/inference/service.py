@@ -161,7 +161,6 @@ class Service:
     def __init__(self, model: LanguageModel, config: EngineConfig):
         self.tokenizer = model.tokenizer
         self.can_chat = all(model.tokenizer.control_id(text) is not None for text in CONTROL_TOKENS)
-        self.compile_seconds = 0.0
         self._config = config
         # Not the model itself, whose weights would lie beside those that are kept in fewer bits.
         self._precision = functools.partial(precision, model.config)
@@ -187,7 +186,7 @@ class Service:
     def start(self) -> None:
         """Compile every program, then begin to answer."""
         with self._precision():
-            self.compile_seconds = self._engine.compile()
+            self._engine.compile()
         self._thread.start()
 
     @property

@@ -4,13 +4,13 @@ import asyncio
 import errno
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from tinyllm_jax.cli import say
 from tinyllm_jax.config import ServerConfig
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.server.app import Api
@@ -176,7 +176,7 @@ class Server(uvicorn.Server):
     async def _drain(self) -> None:
         seconds = self._api.settings.drain_seconds
         end = time.monotonic() + seconds
-        _say(f"Stopping: answers in work have {seconds:g} seconds. Another signal stops at once.")
+        say(f"Stopping: answers in work have {seconds:g} seconds. Another signal stops at once.")
         if await asyncio.to_thread(self._api.service.drain, seconds=seconds):
             self._delivery_seconds = max(end - time.monotonic(), CLOSING_SECONDS)
             self.should_exit = True
@@ -215,7 +215,3 @@ def make_server(api: Api, *, on_start: Callable[[], None]) -> Server:
         limit_concurrency=settings.max_connections + 1,
     )
     return Server(config, api, on_start=on_start)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

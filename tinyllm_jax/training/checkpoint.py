@@ -45,6 +45,7 @@ from tinyllm_jax.training.step_folders import (
     damage,
     find_checkpoint,
     finish_step_folder,
+    remove_while_written,
 )
 
 FORMAT = 1
@@ -165,7 +166,7 @@ def write_step_folder(
         here.first(finish)
     except BaseException:
         if here.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_while_written(partial)
         raise
     return folder
 

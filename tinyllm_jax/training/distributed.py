@@ -66,6 +66,7 @@ class Hosts:
         self._client = client
         self._turns = itertools.count()
         self._exit_code: int | None = None  # once this process leaves
+        self._calls_the_roll = False
 
     @property
     def is_first(self) -> bool:
@@ -190,6 +191,7 @@ class Hosts:
 
     def _roll_call(self, *, code: int, reason: str) -> dict[int, tuple[int, str]] | None:
         """Tell why this process ends, and hear it of the others; None without process 0."""
+        self._calls_the_roll = True
         try:
             self._client.key_value_set(f"{ENDED}{self.index}", json.dumps([code, reason]))
             end = time.monotonic() + ROLL_CALL_SECONDS
@@ -197,6 +199,8 @@ class Hosts:
                 time.sleep(0.1)
         except Exception:  # of whatever type: the service does not answer
             return None
+        finally:
+            self._calls_the_roll = False
         if self.is_first:
             time.sleep(1.0)  # the others read until then
         return ended
@@ -233,7 +237,9 @@ class Hosts:
         def on_abort(_: int) -> None:
             if self._exit_code is not None:  # the main thread knows more, and says it
                 time.sleep(ROLL_CALL_SECONDS + 2.0)
-                os._exit(self._exit_code)
+                # Unless it asks a service that will never answer, which gives no time limit.
+                if not self._calls_the_roll:
+                    os._exit(self._exit_code)
             if self.is_first or can_reach(self.coordinator):
                 self._end("another process (named in the lines above) is gone")
             self._end(f"process 0 of {self.count} (at {self.coordinator}) is gone")

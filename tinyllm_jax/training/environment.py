@@ -82,7 +82,7 @@ def add_start(
         "device": device,
         "host": platform.node(),
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": versions,
@@ -125,7 +125,7 @@ def _last_preset(starts: Sequence[Mapping[str, Any]]) -> tuple[str, Mapping[str,
     return str(starts[-1].get("preset", "")), starts[-1].get("preset_settings", {})
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """Name the processor; Linux says it in a file alone."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []

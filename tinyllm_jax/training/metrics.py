@@ -1,13 +1,12 @@
 """The metrics file: one JSON object a line, every step once, also over resumed runs."""
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tinyllm_jax.data.files import write_file
+from tinyllm_jax.data.files import for_json, write_file
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.training.loggers import NO_LOGGERS, Loggers
 
@@ -125,15 +124,4 @@ class MetricsFile:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(_plain(dict(row)), allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """Write NaN and infinities as text: JSON has no such numbers, and null would hide which."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+    return json.dumps(for_json(dict(row)), allow_nan=False) + "\n"

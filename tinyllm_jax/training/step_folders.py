@@ -7,12 +7,15 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tinyllm_jax.data.files import free_name, sha256_of_file, write_file
 from tinyllm_jax.errors import InputError
 
+# How long a save that failed may take to end all the writes that it began.
+LATE_WRITES_SECONDS = 5.0
 # Where a run folder keeps the model that the run began with.
 REFERENCE = "reference"
 
@@ -39,6 +42,16 @@ def finish_step_folder(partial: Path, folder: Path) -> None:
     partial.rename(folder)
     _flush_folder(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_while_written(folder: Path) -> None:
+    """Remove a folder into which writes that were under way when a save failed may still put files."""
+    end = time.monotonic() + LATE_WRITES_SECONDS
+    while time.monotonic() < end:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)  # a late write makes its folder again
+        if not folder.exists():
+            return
 
 
 def mark_best(run: Path, step: int) -> None:

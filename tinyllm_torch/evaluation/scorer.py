@@ -1,13 +1,11 @@
 """The model as what gives log-probabilities of tokens."""
 
-import dataclasses
-
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
-from tinyllm_jax.config import ModelConfig
+from tinyllm_jax.evaluation.run import with_compute_dtype
 from tinyllm_torch.inference.language_model import LanguageModel
 from tinyllm_torch.model.transformer import Transformer
 from tinyllm_torch.model.weights import merge_weights, model_structure
@@ -53,12 +51,3 @@ def score_row(
     logits = module.logits(hidden[None])
     log_probs = target_log_probs(logits, targets[None])[0]
     return log_probs, torch.argmax(logits[0], dim=-1) == targets
-
-
-def with_compute_dtype(config: ModelConfig, compute_dtype: str) -> ModelConfig:
-    """Let a model compute in float32 unless its own settings are asked for; float64 stays."""
-    if compute_dtype == "model" or config.compute_dtype == "float64":
-        return config
-    # A kernel that was chosen by name may not know float32.
-    attention = "reference" if config.attention == "reference" else "auto"
-    return dataclasses.replace(config, compute_dtype=compute_dtype, attention=attention)

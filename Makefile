@@ -1,10 +1,11 @@
 # The two commands: `make tiny` trains a storyteller, `make test` checks everything.
 PYTHON ?= python3
 BIN := .venv/bin
-# Compilers use one core each; the files stay together, since they share runs and models.
-TWO_AT_ONCE := -n 2 --dist loadfile
+# Compilers use one core each; the files stay together, since they share runs and models, and begin
+# in the order of tests/conftest.py.
+TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: tiny test quick lint wheel clean
+.PHONY: tiny test quick lint wheel lowest clean
 
 tiny: .venv/installed
 	$(BIN)/python -m tinyllm_jax.train --config tiny
@@ -28,6 +29,15 @@ wheel: .venv/test
 	.venv/wheel/bin/python -m pip install --quiet --disable-pip-version-check "$$(echo .venv/dist/*.whl)[serve]"
 	cp tests/wheel_program.py .venv/wheel/
 	cd .venv/wheel && bin/python wheel_program.py
+
+# The oldest versions that pyproject.toml admits; without transformers and TRL, which need newer ones.
+LOWEST_TESTS := batches corpus tokenizer prepare trained_tokenizer checkpoint optim model convert_tensor_file
+lowest:
+	$(PYTHON) -m venv .venv/lowest
+	.venv/lowest/bin/python -m pip install --quiet --disable-pip-version-check uv torch==2.13.0
+	.venv/lowest/bin/uv pip install --quiet --python .venv/lowest/bin/python --resolution lowest-direct \
+		--editable '.[serve,gguf,tensorboard,ray]' 'pytest>=8.3' 'hypothesis>=6.100' 'beartype>=0.20'
+	.venv/lowest/bin/python -m pytest -m "not slow" $(LOWEST_TESTS:%=tests/test_%.py)
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'

@@ -21,6 +21,7 @@ from convert.checks import listed, parse_json, read_count, read_number, run_sett
 from tinyllm_jax.config import Config, ModelConfig, config_from_table, config_to_table
 from tinyllm_jax.data.tokenizer import Tokenizer, check_tokenizer_hash
 from tinyllm_jax.errors import InputError
+from tinyllm_jax.training.weight_shapes import weight_shapes
 
 META_FORMAT = 1
 META_OF_MODEL = ("format", "config")
@@ -89,40 +90,7 @@ def dtype_names(arrays: Iterable[np.ndarray]) -> str:
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """List every weight of a model with its shape, in the order of the forward pass."""
-    hidden, query = config.hidden_size, config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm": (hidden,),
-        "self_attn.q_proj": (query, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, query),
-        "post_attention_layernorm": (hidden,),
-    }
-    if config.qk_norm:
-        layer |= {f"self_attn.{letter}_norm": (config.head_dim,) for letter in "qk"}
-    mlps = {"mlp": config.intermediate_size}
-    if config.num_experts > 0:
-        layer["mlp.gate"] = (config.num_experts, hidden)
-        inner = config.moe_intermediate_size
-        mlps = {f"mlp.experts.{expert}": inner for expert in range(config.num_experts)}
-        if config.num_shared_experts > 0:
-            mlps["mlp.shared_experts"] = config.num_shared_experts * inner
-    for home, inner in mlps.items():
-        layer |= {
-            f"{home}.gate_proj": (inner, hidden),
-            f"{home}.up_proj": (inner, hidden),
-            f"{home}.down_proj": (hidden, inner),
-        }
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, hidden)}
-    for index in range(config.num_hidden_layers):
-        shapes |= {f"layers.{index}.{name}.weight": shape for name, shape in layer.items()}
-    shapes["norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    if config.score_head:
-        shapes[SCORES] = (1, hidden)
-    return shapes
+    return dict(weight_shapes(config))
 
 
 def check_moments(first: Arrays, second: Arrays, config: Config, *, origin: str) -> None:

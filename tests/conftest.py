@@ -1,9 +1,12 @@
 """What all tests share: strict arrays, a compilation cache, real data, and one small trained run."""
 
+import contextlib
+import gc
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Set before jax is imported, here and in the commands that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # A model and a corpus so small that a run of 20 steps is a matter of seconds.
 SMALL_RUN = [
@@ -40,6 +43,15 @@ SMALL_RUN = [
     *("--max-new-tokens", "16"),
 ]
 
+# The files that take longest, which begin first, so that two workers end at about the same time.
+LONGEST = [
+    *("presets", "lora", "tiny", "hosts", "settings_reach", "faults", "modes", "mode_settings"),
+    *("sharding", "page", "resume", "model", "step", "switch", "expert_runs", "serve_command"),
+    *("convert_family_runs", "train", "ray", "monitor", "policy_losses", "chat_command"),
+    *("convert_hostile", "rollouts", "verify_resume", "optim", "parity_training", "dispatch"),
+    *("evaluate", "dry_run"),
+]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Check the shapes in signatures, and let arrays of different rank never meet silently."""
@@ -52,6 +64,40 @@ def pytest_configure(config: pytest.Config) -> None:
     names = ["tinyllm_torch", *(f"tinyllm_jax.{room}" for room in rooms)]
     install_import_hook(names, "shape_checks.checked")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files in order; tests of a file stay in theirs."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let the collector of garbage not walk all of torch and jax over and over while jax traces."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
+@contextlib.contextmanager
+def compiled_plainly() -> Iterator[None]:
+    """Compile without most optimizations, here and in commands: half of the time, other last bits."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compile plainly for a file that says so: it compares no floats with another program's."""
+    plainly = getattr(request.module, "COMPILED_PLAINLY", False)
+    with compiled_plainly() if plainly else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +152,8 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, prepared_folder: Path)
     folder = tmp_path_factory.mktemp("runs") / "small"
     flags = ["--max-steps", "20", "--checkpoint.interval_steps", "10", "--out", str(folder)]
     flags += ["--train.eval_interval_steps", "10"]
-    with pytest.MonkeyPatch.context() as patch:
+    # As in the files that go on with it, which compare bits.
+    with pytest.MonkeyPatch.context() as patch, compiled_plainly():
         patch.setenv("TINYLLM_DATA_DIR", str(prepared_folder))
         assert train.main([*SMALL_RUN, *flags]) == 0
     return folder

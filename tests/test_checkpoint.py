@@ -1,17 +1,24 @@
 """Checkpoints: everything comes back bitwise, damage is noticed, and nothing half-written counts."""
 
 import json
+import logging
 import shutil
+import sys
+import threading
+import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyllm_jax.config import Config
+from tinyllm_jax.config import Config, ModelConfig
+from tinyllm_jax.data.files import sha256_of_file
 from tinyllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tinyllm_jax.errors import InputError
+from tinyllm_jax.training import checkpoint as checkpoint_file
 from tinyllm_jax.training import step_folders as folders
 from tinyllm_jax.training.checkpoint import read_checkpoint, save_checkpoint
 from tinyllm_jax.training.optim import read_moments
@@ -23,6 +30,10 @@ from tinyllm_jax.training.step_folders import (
     prune_checkpoints,
     step_folders,
 )
+from tinyllm_jax.training.weight_shapes import kernel_shapes
+
+SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "vocab_size": 16}
+CONFIG = Config(model=ModelConfig(**SIZES, num_attention_heads=2, num_key_value_heads=1))
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +45,10 @@ def state_at(step: int) -> TrainState:
     """Make a state whose every number differs from every other."""
     numbers = np.random.default_rng(step)
     weights = {
-        "layers.0.mlp.up_proj.kernel": jnp.asarray(numbers.normal(size=(3, 5)), jnp.float32),
-        "norm.weight": jnp.asarray(numbers.normal(size=5), jnp.float32),
+        name: jnp.asarray(numbers.normal(size=shape), jnp.float32)
+        for name, shape in kernel_shapes(CONFIG.model)
     }
-    state = new_state(Config(), weights)
+    state = new_state(CONFIG, weights)
     filled = jax.tree.map(
         lambda x: jnp.asarray(numbers.normal(size=x.shape) * 100, x.dtype), state.optimizer_state
     )
@@ -48,7 +59,7 @@ def save(run: Path, step: int, tokenizer: Tokenizer) -> Path:
     return save_checkpoint(
         run,
         state_at(step),
-        config=Config(),
+        config=CONFIG,
         tokenizer=tokenizer,
         dataset_hash="d" * 64,
         best={"step": step, "loss": 1.25},
@@ -65,7 +76,7 @@ def test_every_number_comes_back_bitwise(tmp_path, tokenizer):
     state = state_at(7)
     expected = read_moments(state.optimizer_state)
     assert (found.folder, found.step, found.nonfinite_streak) == (folder, 7, 0)
-    assert found.config == Config()
+    assert found.config == CONFIG
     assert found.best == {"step": 7, "loss": 1.25}
     assert found.tokenizer.hash == found.tokenizer_hash == tokenizer.hash
     assert found.dataset_hash == "d" * 64
@@ -147,6 +158,66 @@ def test_a_format_of_the_future_is_refused(tmp_path, tokenizer):
         read_checkpoint(folder)
 
 
+def change_settings(folder: Path, **model: Any) -> None:
+    """Write other settings of the model into a step folder, with a checksum that holds."""
+    meta, sums = folder / "meta.json", folder / "checksums.json"
+    table = json.loads(meta.read_text())
+    table["config"]["model"] |= model
+    meta.write_text(json.dumps(table))
+    held = json.loads(sums.read_text()) | {"meta.json": sha256_of_file(meta)}
+    sums.write_text(json.dumps(held))
+    assert damage(folder) is None
+
+
+OTHER_MODELS = [
+    ({"num_hidden_layers": 3}, "has no layers.2.input_layernorm.weight, which is [8] by"),
+    ({"num_hidden_layers": 10**9}, "has no layers.2.input_layernorm.weight, which is [8] by"),
+    ({"num_hidden_layers": 1}, "has 'layers.1.input_layernorm.weight', which is not in the model"),
+    ({"intermediate_size": 20}, "{layers.0.mlp.gate_proj} is [8, 12], and [8, 20] by"),
+    ({"hidden_size": 16}, "embed_tokens.weight is [16, 8], and [16, 16] by the settings"),
+    ({"num_key_value_heads": 2}, "{layers.0.self_attn.k_proj} is [8, 4], and [8, 8] by"),
+    ({"tie_word_embeddings": False}, "has no {lm_head}, which is [8, 16] by the settings"),
+    ({"score_head": True}, "has no {score}, which is [8, 1] by the settings"),
+    (
+        {"num_experts": 4, "moe_intermediate_size": 12},
+        "has no {layers.0.mlp.gate}, which is [8, 4] by the settings",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "words"), OTHER_MODELS)
+def test_weights_of_another_model_than_the_settings_are_refused(
+    tmp_path, tokenizer, changed, words
+):
+    folder = save(tmp_path, 1, tokenizer)
+    change_settings(folder, **changed)
+    with pytest.raises(InputError) as caught:
+        read_checkpoint(folder)
+    message = str(caught.value)
+    assert message.startswith(f"{folder}: {words.replace('}', '.kernel').replace('{', '')}")
+    assert message.endswith("These are two models; give another checkpoint.")
+
+
+@pytest.mark.parametrize(("changed", "words"), [OTHER_MODELS[0], OTHER_MODELS[3], OTHER_MODELS[6]])
+def test_the_twin_refuses_weights_of_another_model_too(tmp_path, tokenizer, changed, words):
+    pytest.importorskip("torch")
+    from tinyllm_torch.model.weights import initial_weights
+    from tinyllm_torch.training import checkpoint as twin
+    from tinyllm_torch.training.step import new_state as new_twin_state
+
+    state = new_twin_state(CONFIG, initial_weights(CONFIG.model, seed=0))
+    kept = {"config": CONFIG, "tokenizer": tokenizer, "dataset_hash": "", "best": None}
+    folder = twin.save_checkpoint(tmp_path, state, **kept)
+    assert twin.read_checkpoint(folder).weights.keys() == state.weights.keys()
+    change_settings(folder, **changed)
+    words = words.replace("}", ".weight").replace("{", "")
+    for ours, theirs in (("[8, 12]", "[12, 8]"), ("[8, 20]", "[20, 8]"), ("[8, 16]", "[16, 8]")):
+        words = words.replace(ours, theirs)
+    with pytest.raises(InputError) as caught:
+        twin.read_checkpoint(folder)
+    assert str(caught.value).startswith(f"{folder}: {words}")
+
+
 def test_a_failed_save_leaves_what_was_there(tmp_path, tokenizer, monkeypatch):
     save(tmp_path, 1, tokenizer)
     save(tmp_path, 2, tokenizer)
@@ -162,6 +233,35 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, tokenizer, monkeypatch):
     assert [step for step, _ in step_folders(tmp_path)] == [1, 2]
     assert damage(tmp_path / "checkpoints/2") is None
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_threads_that_a_failed_save_leaves_are_silent_and_no_others(monkeypatch, caplog):
+    logger = logging.getLogger("absl")
+    monkeypatch.setattr(logger, "filters", [])
+    for hook in ("excepthook", "unraisablehook"):
+        monkeypatch.setattr(sys, hook, getattr(sys, hook))
+    for library in ("asyncio", "concurrent.futures"):
+        monkeypatch.setattr(logging.getLogger(library), "level", logging.WARNING)
+
+    def say(file: str, text: str) -> None:
+        logger.handle(logger.makeRecord("absl", logging.ERROR, file, 1, text, (), None))
+
+    def say_in_background(*given: str) -> None:
+        thread = threading.Thread(target=say, args=given)
+        thread.start()
+        thread.join()
+
+    orbax, other = "site-packages/orbax/checkpoint/_src/futures/future.py", "orbax_user.py"
+    with checkpoint_file._quiet_orbax():
+        pass
+    say_in_background(orbax, "after a good save")
+    with warnings.catch_warnings(), pytest.raises(OSError, match="disk"):  # noqa: SIM117
+        with checkpoint_file._quiet_orbax():
+            raise OSError("disk")
+    say_in_background(orbax, "left over")
+    say_in_background(other, "of another")
+    say(orbax, "of the main thread")
+    assert caplog.messages == ["after a good save", "of another", "of the main thread"]
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path, tokenizer):

@@ -669,6 +669,7 @@ def test_several_devices_train_adapters_as_one_does(grid: str, on_devices: Any) 
 # New tokens --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_not_let_loose_on_tokens_that_are_new(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared_folder: Path
 ) -> None:

@@ -11,6 +11,7 @@ from tinyllm_jax import train
 from tinyllm_jax.training import loop
 
 pytestmark = pytest.mark.slow  # the file as a whole
+COMPILED_PLAINLY = True
 
 # Two steps of the same answers at a rate at which the second is outside of every clip range.
 BRIEF = {

@@ -515,6 +515,26 @@ def float64():
 # How the blocks are executed ----------------------------------------------------------------------
 
 
+@functools.cache
+def loss_and_gradients(experts: int, checkpointing: str, scan_layers: bool) -> Any:
+    """Compute with all dropouts on."""
+    rates = dict.fromkeys(
+        ("embedding_dropout", "attention_dropout", "residual_dropout", "mlp_dropout"), 0.3
+    )
+    plain = changed(
+        SMALL, num_hidden_layers=3, num_experts=experts, compute_dtype="float64", **rates
+    )
+    config = changed(plain, activation_checkpointing=checkpointing, scan_layers=scan_layers)
+    structure, _ = model_structure(config)
+    batch = {"tokens": TOKENS, "targets": TOKENS, "loss_mask": np.ones(TOKENS.shape, bool)}
+
+    def loss(weights: Any) -> Any:
+        arrays, key = jax.tree.map(jnp.asarray, batch), jax.random.key(3)
+        return next_token_loss(merge_weights(structure, weights), arrays, key)[0]
+
+    return jax.jit(jax.value_and_grad(loss))(random_weights(plain))
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     ("checkpointing", "scan_layers"),
@@ -526,32 +546,13 @@ def test_scanning_and_recomputing_change_not_one_number(
 ) -> None:
     """Loss and gradients in float64 with all dropouts on, to the last few bits that the order of
     additions leaves open."""
-    rates = dict.fromkeys(
-        ("embedding_dropout", "attention_dropout", "residual_dropout", "mlp_dropout"), 0.3
-    )
-    plain = changed(
-        SMALL, num_hidden_layers=3, num_experts=experts, compute_dtype="float64", **rates
-    )
-    batch = {"tokens": TOKENS, "targets": TOKENS, "loss_mask": np.ones(TOKENS.shape, bool)}
-
-    def numbers(config: ModelConfig) -> Any:
-        structure, _ = model_structure(config)
-
-        def loss(weights: Any) -> Any:
-            arrays, key = jax.tree.map(jnp.asarray, batch), jax.random.key(3)
-            return next_token_loss(merge_weights(structure, weights), arrays, key)[0]
-
-        return jax.jit(jax.value_and_grad(loss))(weights)
-
-    weights = random_weights(plain)
-    expected = numbers(plain)
-    actual = numbers(
-        changed(plain, activation_checkpointing=checkpointing, scan_layers=scan_layers)
-    )
+    expected = loss_and_gradients(experts, "none", False)
+    actual = loss_and_gradients(experts, checkpointing, scan_layers)
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_scanning_compiles_one_block_and_recomputing_keeps_less() -> None:
     deep = changed(SMALL, num_hidden_layers=8, hidden_size=64, intermediate_size=256)
     tokens = jnp.zeros((8, 64), jnp.int32)

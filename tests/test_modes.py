@@ -39,6 +39,9 @@ from tinyllm_jax.training.adaptation import for_conversations
 from tinyllm_jax.training.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from tinyllm_torch import generate as torch_generate
 
+pytestmark = pytest.mark.slow  # every test begins with runs of all modes
+COMPILED_PLAINLY = True
+
 HELD = ("dpo", "grpo", "ppo")
 
 

@@ -52,7 +52,7 @@ ONLY_IN_JAX_FILES = {
     *(f"inference/{name}.py" for name in ("engine", "service", "stored_weights", "text_stream")),
     *(f"inference/{name}.py" for name in ("talk", "talk_commands", "terminal")),
     *("model/grouped_dot.py", "model/placement.py", "objectives/device_rows.py"),
-    "model/lora.py",
+    *("model/compiled.py", "model/decoding.py", "model/lora.py"),
     *(
         f"objectives/{name}.py"
         for name in ("conversations", "pairs", "rewards", "rollouts", "policy_objective")
@@ -60,7 +60,6 @@ ONLY_IN_JAX_FILES = {
 }
 ONLY_IN_TORCH = {
     "inference/language_model.py": {"model_from_bundle", "bundle_from_model"},
-    "inference/sampling.py": {"first_largest"},  # jnp.argmax
     "model/weights.py": {"from_jax_weights", "to_jax_weights", "as_tensors"},
     # optax
     "training/optim.py": {"Optimizer", "global_norm", "clip_by_global_norm", "orthogonalize"},
@@ -132,7 +131,7 @@ def test_every_file_of_the_model_has_a_twin() -> None:
 def test_the_twin_imports_of_tinyllm_jax_only_what_imports_no_framework() -> None:
     allowed = ("config", "settings", "errors", "cli", "data", "evaluate", "evaluation.run")
     shared = ("loggers", "metrics", "monitor", "progress", "report", "rewind", "signals")
-    shared += ("environment", "start_rules", "step_folders")
+    shared += ("environment", "start_rules", "step_folders", "weight_shapes")
     allowed += tuple(f"training.{name}" for name in shared)
     for file in FILES:
         for node in ast.walk(tree_of("tinyllm_torch", file)):

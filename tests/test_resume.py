@@ -24,6 +24,8 @@ from tinyllm_jax.training.metrics import read_metrics
 from tinyllm_jax.training.optim import Moments
 from tinyllm_jax.training.step_folders import find_checkpoint
 
+COMPILED_PLAINLY = True
+
 # Checkpoints away from evaluations and from writes of the metrics file.
 INTERVALS = ["--checkpoint.interval_steps", "28", "--train.eval_interval_steps", "50"]
 VARIANTS = {
@@ -66,6 +68,7 @@ def assert_same_run(actual: Path, expected: Path, *, step: int) -> None:
     assert reproducible(actual) == reproducible(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_stopped_at_90_and_resumed_is_bitwise_the_run_of_200_steps(
     variant, tmp_path, monkeypatch

@@ -1,6 +1,8 @@
 """The train step: what it promises about its loss, passes, dropout and bad numbers."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +47,9 @@ def random_batch(seed: int, *, rows: int, masked: bool) -> dict[str, np.ndarray]
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": loss_mask}
 
 
-def stepper(config: Config):
+@functools.cache
+def stepper(config: Config) -> Any:
+    """Give the compiled step, one for all tests with the same settings."""
     structure, _ = model_structure(config.model)
     return jax.jit(make_train_step(config, structure, next_token_loss, count_targets))
 

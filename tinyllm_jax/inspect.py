@@ -199,12 +199,13 @@ def show_step(
     import jax
     import numpy as np
 
+    from tinyllm_jax.model.compiled import compiled
     from tinyllm_jax.model.weights import merge_weights
     from tinyllm_jax.training.adapters import trained_structure
     from tinyllm_jax.training.step import Fixed, make_train_step
 
     structure = trained_structure(config)
-    step = jax.jit(make_train_step(config, structure, objective.loss_sums, objective.loss_weight))
+    step = compiled(make_train_step(config, structure, objective.loss_sums, objective.loss_weight))
     after, numbers = step(state, batch, Fixed(frozen, {}))
 
     def mean_loss(weights: Any, batch: Any) -> Any:

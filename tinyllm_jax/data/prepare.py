@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tinyllm_jax.config import Config, DataConfig, data_dir
-from tinyllm_jax.data import toy_stories
+from tinyllm_jax.data import bytelevel, sentencepiece_bpe, toy_stories
 from tinyllm_jax.data.corpus import Part, find_parts, sample_documents
 from tinyllm_jax.data.files import locked, sha256_of_file, write_file
 from tinyllm_jax.data.groups import GroupRecord, is_toy, plan_groups, tokenise_groups
@@ -36,6 +36,9 @@ from tinyllm_jax.errors import InputError
 GROUP_BYTES = 32 << 20
 # Part of every key: raise it when the same input gives other shards than before.
 FORMAT = 2
+# Beside a trained tokenizer, as `sha256sum --check` reads it.
+TOKENIZER_SUMS = "SHA256SUMS"
+TOKENIZER_FILES = (sentencepiece_bpe.FILE_NAME, bytelevel.FILE_NAME)
 # What is read of a manifest.
 MANIFEST = {
     "dataset_hash": str,
@@ -226,7 +229,7 @@ def get_tokenizer(
     key = hash_of([FORMAT, sources, document_settings(config.data), settings])[:16]
     folder = data_dir() / "tokenizers" / key
     if not config.tokenizer.retrain and is_trained(folder):
-        return load_tokenizer(folder)
+        return load_trained(folder)
     with locked(folder.with_suffix(".lock"), on_wait=lambda: say_waiting(folder)):
         if config.tokenizer.retrain or not is_trained(folder):
             documents = sample_documents(
@@ -236,8 +239,36 @@ def get_tokenizer(
                 documents, desc="training tokenizer", unit=" documents", disable=not progress
             )
             tokenizer = train_tokenizer(iter(shown), config=config.tokenizer, vocab_size=wanted)
-            tokenizer.save(folder)
+            save_trained(tokenizer, folder)
+        return load_trained(folder)
+
+
+def save_trained(tokenizer: Tokenizer, folder: Path) -> None:
+    """Keep a tokenizer and then its checksum, never beside the checksum of another."""
+    (folder / TOKENIZER_SUMS).unlink(missing_ok=True)
+    tokenizer.save(folder)
+    line = f"{tokenizer.hash}  {tokenizer.file_name}\n"
+    write_file(folder / TOKENIZER_SUMS, line.encode())
+
+
+def load_trained(folder: Path) -> Tokenizer:
+    """Load a trained tokenizer.
+
+    Raises:
+        InputError: it is not byte for byte what was written.
+    """
+    path = folder / TOKENIZER_SUMS
+    if not path.is_file():  # trained before there were checksums
         return load_tokenizer(folder)
+    known, _, name = path.read_text(errors="replace").strip().partition("  ")
+    if name in TOKENIZER_FILES:  # else the line itself is damaged
+        path = folder / name
+    if not path.is_file() or sha256_of_file(path) != known:
+        raise InputError(
+            f"{path}: is not what was written. Delete {folder} and run again: the tokenizer is then "
+            "trained afresh."
+        )
+    return load_tokenizer(path)
 
 
 def is_trained(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from tinyllm_jax.evaluation.run import with_compute_dtype
 from tinyllm_jax.inference.language_model import LanguageModel
+from tinyllm_jax.model.compiled import compiled
 from tinyllm_jax.model.weights import Weights, merge_weights, model_structure
 from tinyllm_jax.objectives.log_probs import target_log_probs
 
@@ -28,7 +29,7 @@ class TokenScorer:
         with jax.enable_x64(self._is_double):
             structure, _ = model_structure(config)
 
-        @jax.jit
+        @compiled
         def run(weights: Weights, tokens: Any, targets: Any, positions: Any, segments: Any) -> Any:
             module = merge_weights(structure, weights)
             hidden = module.hidden(tokens, positions, segments).states

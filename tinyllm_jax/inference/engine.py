@@ -5,8 +5,8 @@
     while engine.step(): ...
 
 The cache has a fixed number of slots, and each request in work has one. Prompts are read in chunks
-of one size, one chunk between two dispatches of new tokens, so a long prompt does not stall the
-others. What is known of a slot (its last token, place, settings) stays on the device; the next
+of one size, one chunk of it between two dispatches of new tokens, so a long prompt does not stall
+the others. What is known of a slot (its last token, place, settings) stays on the device; the next
 dispatch is under way while the host reads the last one. All programs are compiled at the start.
 
 Source: continuous batching: Yu et al. 2022, Orca (OSDI), section 3; prompts in chunks: Agrawal et al.
@@ -31,6 +31,7 @@ from tinyllm_jax.config import EngineConfig, ModelConfig, SamplingConfig
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference.sampling import RowSettings, next_tokens
 from tinyllm_jax.inference.stored_weights import restore, store
+from tinyllm_jax.model.compiled import compiled
 from tinyllm_jax.model.kv_cache import LayerCache, empty_cache
 from tinyllm_jax.model.layers import compute_dtype
 from tinyllm_jax.model.weights import merge_weights, model_structure
@@ -174,8 +175,8 @@ class Engine:
         structure, _ = model_structure(config)
         self._weights = store(weights, kind=settings.weights, dtype=compute_dtype(config))
         self._rows = _empty_rows(config, slots=settings.slots, room=self.room)
-        self._read = jax.jit(functools.partial(_read_chunk, config, structure), donate_argnums=1)
-        self._make = jax.jit(
+        self._read = compiled(functools.partial(_read_chunk, config, structure), donate_argnums=1)
+        self._make = compiled(
             functools.partial(
                 _make_tokens, config, structure, tokens, settings.tokens_per_dispatch
             ),
@@ -235,7 +236,11 @@ class Engine:
         return sum(job is not None for job in self._slots)
 
     def step(self) -> bool:
-        """Let requests in, read one chunk of a prompt, make some tokens for all; False when idle."""
+        """Let requests in, read chunks of prompts, make some tokens for all; False when idle.
+
+        Each prompt is read by one chunk at most, and together by no more than there are requests that
+        wait for tokens meanwhile: few wait for many, and free slots fill soon.
+        """
         assert self._read_program is not None, "compile() comes first"
         self._drop_cancelled()
         while self.waiting and None in self._slots:
@@ -243,9 +248,10 @@ class Engine:
             slot = self._slots.index(None)
             self._slots[slot] = job = self.waiting.popleft()
             job.slot, job.last_turn = slot, next(self._turns)
-        unread = [job for job in self._slots if job is not None and not job.is_read]
-        if unread:
-            self._read_one_chunk(min(unread, key=lambda job: job.last_turn))
+        working = [job for job in self._slots if job is not None]
+        unread = sorted((job for job in working if not job.is_read), key=lambda job: job.last_turn)
+        for job in unread[: max(1, len(working) - len(unread))]:
+            self._read_one_chunk(job)
         before, self._under_way = self._under_way, self._dispatch()
         if before is not None:
             self._tell(*before)

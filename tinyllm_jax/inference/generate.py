@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Int
 from tinyllm_jax.config import ModelConfig, SamplingConfig
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference.sampling import RowSettings, next_tokens
+from tinyllm_jax.model.compiled import compiled
 from tinyllm_jax.model.kv_cache import LayerCache, empty_cache
 from tinyllm_jax.model.layers import compute_dtype
 from tinyllm_jax.model.moe import ROUTER
@@ -62,7 +63,7 @@ class Generator:
         self.config = config
         self._longest_prompt = longest_prompt
         structure, _ = model_structure(config)
-        self._run = jax.jit(
+        self._run = compiled(
             functools.partial(_continue_rows, config, structure, tokens or config.vocab_size),
             static_argnames=("slots", "samples"),
         )

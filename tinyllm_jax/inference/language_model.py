@@ -17,6 +17,7 @@ from tinyllm_jax.data.asking import as_question, as_text
 from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference.generate import Generator, bucket
+from tinyllm_jax.model.compiled import compiled
 from tinyllm_jax.model.weights import merge_weights, model_structure
 from tinyllm_jax.settings import build
 from tinyllm_jax.training.checkpoint import open_checkpoint
@@ -39,7 +40,7 @@ class LanguageModel:
             self.weights = {name: jnp.asarray(value) for name, value in weights.items()}
             self._generator = Generator(config, tokens=tokenizer.vocab_size)
             structure, _ = model_structure(config)
-        self._logits = jax.jit(lambda weights, tokens: merge_weights(structure, weights)(tokens))
+        self._logits = compiled(lambda weights, tokens: merge_weights(structure, weights)(tokens))
 
     def logits(self, token_ids: Any) -> Float[np.ndarray, "batch seq vocab"]:
         """Score every token of the vocabulary after each token, as float32.

@@ -49,10 +49,22 @@ def next_tokens(
 
     def draw() -> Int[Array, "batch"]:
         noisy = filtered(logits, settings=settings) + row_noise(logits, settings, token_number)
-        return jnp.where(drawing, noisy.argmax(axis=-1), logits.argmax(axis=-1))
+        return first_largest(jnp.where(drawing[:, None], noisy, logits))
 
-    picked = jax.lax.cond(drawing.any(), draw, lambda: logits.argmax(axis=-1))
-    return picked.astype(jnp.int32)
+    return jax.lax.cond(drawing.any(), draw, lambda: first_largest(logits))
+
+
+def first_largest(logits: Float[Array, "batch vocab"]) -> Int[Array, "batch"]:
+    """Give the first of the largest logits of each row, as `argmax` does.
+
+    XLA's CPU backend takes four times as long for `argmax` of a few rows, and makes its input again
+    for each of the two numbers that it keeps.
+    """
+    last = logits.shape[1] - 1
+    largest = logits.max(axis=1, keepdims=True)
+    ids = jnp.arange(last + 1, dtype=jnp.int32)[None]
+    # Nothing equals NaN; a row that holds one gets the last token.
+    return jnp.where(logits == largest, ids, last).min(axis=1)
 
 
 def filtered(

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -46,7 +47,19 @@ def write(
     values: Float[Array, "batch seq kv_heads head_dim"],
     positions: Int[Array, "batch seq"],
 ) -> LayerCache:
-    """Store new keys and values in the slots of their positions."""
+    """Store new keys and values in the slots of their positions; nowhere beyond the last slot.
+
+    One token alone, whose position lies beyond it, is stored in the last slot, which no query has
+    yet seen.
+    """
+    if positions.shape == (1, 1):
+        # XLA's CPU backend copies the whole cache three times where it must ask whether to write.
+        zero = jnp.zeros((), positions.dtype)
+        start = (zero, zero, positions[0, 0], zero)
+        return LayerCache(
+            jax.lax.dynamic_update_slice(cache.keys, keys.transpose(0, 2, 1, 3), start),
+            jax.lax.dynamic_update_slice(cache.values, values.transpose(0, 2, 1, 3), start),
+        )
     rows = jnp.arange(keys.shape[0])[:, None]
     return LayerCache(
         cache.keys.at[rows, :, positions].set(keys), cache.values.at[rows, :, positions].set(values)

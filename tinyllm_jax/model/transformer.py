@@ -20,6 +20,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from tinyllm_jax.config import ModelConfig
 from tinyllm_jax.model.attention import attention, segment_mask
+from tinyllm_jax.model.decoding import (
+    cached_attention,
+    goes_turned,
+    reads_in_blocks,
+    times_table,
+)
 from tinyllm_jax.model.dropout import dropout
 from tinyllm_jax.model.kv_cache import LayerCache, visible_slots, write
 from tinyllm_jax.model.layers import (
@@ -104,16 +110,19 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = write(cache, key, value, positions)
             key, value = cache.by_slot()
-        mixed = attention(
-            query,
-            key,
-            value,
-            mask=mask,
-            causal=cache is None,
-            implementation=config.attention,
-            dropout_rate=config.attention_dropout,
-            dropout_key=dropout_key,
-        )
+        if cache is not None and reads_in_blocks(query, implementation=config.attention):
+            mixed = cached_attention(query, cache.keys, cache.values, positions)
+        else:
+            mixed = attention(
+                query,
+                key,
+                value,
+                mask=mask,
+                causal=cache is None,
+                implementation=config.attention,
+                dropout_rate=config.attention_dropout,
+                dropout_key=dropout_key,
+            )
         return self.o_proj(mixed.reshape(batch, seq, -1), adapter_key=keys[3]), cache
 
 
@@ -311,13 +320,17 @@ class Transformer(nnx.Module):
             equation, matrix = "re,ve->rv", self.embed_tokens.weight[...]
         else:
             equation, matrix = "re,ev->rv", self.lm_head.kernel[...]
-        logits = jnp.einsum(
-            equation,
-            rows,
-            matrix.astype(dtype),
-            precision=matmul_precision(dtype),
-            preferred_element_type=jnp.promote_types(dtype, jnp.float32),
-        )
+        matrix = jnp.asarray(matrix, dtype)
+        if self.config.tie_word_embeddings and goes_turned(rows):
+            logits = times_table(rows, matrix)
+        else:
+            logits = jnp.einsum(
+                equation,
+                rows,
+                matrix,
+                precision=matmul_precision(dtype),
+                preferred_element_type=jnp.promote_types(dtype, jnp.float32),
+            )
         return placement().logits(logits.reshape(*hidden.shape[:-1], -1))
 
     def scores(self, hidden: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq"]:

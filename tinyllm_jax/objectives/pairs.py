@@ -16,6 +16,7 @@ from tinyllm_jax.data.batches import epoch_rows
 from tinyllm_jax.data.files import replacing
 from tinyllm_jax.data.prepare import hash_of
 from tinyllm_jax.data.prepare_chat import PreferenceData, PreferenceSplit
+from tinyllm_jax.model.compiled import compiled
 from tinyllm_jax.model.weights import Weights, merge_weights, model_structure
 from tinyllm_jax.objectives.log_probs import answer_log_probs, target_log_probs
 from tinyllm_jax.objectives.preference import PAIR, both_answers, count_pairs, make_preference_loss
@@ -110,7 +111,7 @@ def reference_log_probs(
     )
     structure, _ = model_structure(config.model)
 
-    @jax.jit
+    @compiled
     def log_probs(weights: Weights, batch: dict[str, jax.Array]) -> jax.Array:
         model = merge_weights(structure, weights)
         tokens, targets, mask = (

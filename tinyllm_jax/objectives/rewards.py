@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int32
 
 from tinyllm_jax.data.prepare_prompts import Prompt
 from tinyllm_jax.errors import InputError
+from tinyllm_jax.model.compiled import compiled
 from tinyllm_jax.model.weights import merge_weights, model_structure
 from tinyllm_jax.objectives.reward import answer_scores
 from tinyllm_jax.training.checkpoint import Checkpoint
@@ -126,7 +127,7 @@ def make_reward_model(checkpoint: Checkpoint) -> Reward:
     structure, _ = model_structure(checkpoint.config.model)
     weights = {name: jax.numpy.asarray(array) for name, array in checkpoint.weights.items()}
 
-    @jax.jit
+    @compiled
     def scores(weights: Any, tokens: Any, targets: Any, loss_mask: Any) -> Any:
         model = merge_weights(structure, weights)
         return answer_scores(model, tokens, targets, loss_mask, dropout_key=None)[0]

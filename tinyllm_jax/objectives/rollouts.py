@@ -18,6 +18,7 @@ from tinyllm_jax.data.batches import epoch_rows
 from tinyllm_jax.data.chat_template import ChatTemplate
 from tinyllm_jax.data.prepare_prompts import Prompt, PromptData, PromptSplit
 from tinyllm_jax.inference.generate import Generator
+from tinyllm_jax.model.compiled import compiled
 from tinyllm_jax.model.weights import Weights, merge_weights, model_structure
 from tinyllm_jax.objectives.advantages import (
     adapted_kl_coef,
@@ -68,7 +69,7 @@ class Rollouts:
             longest_prompt=max(len(prompt.ids) for prompt in prompts),
         )
         structure, _ = model_structure(config.model)
-        self._judge = jax.jit(_Judge(config, structure))
+        self._judge = compiled(_Judge(config, structure))
         self._kl_coef = config.rlhf.kl_coef
         if past and config.rlhf.kl_target > 0:
             self._kl_coef = float(past[-1]["kl_coef"])

@@ -23,6 +23,8 @@ import os
 import re
 import shutil
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +49,17 @@ from tinyllm_jax.training.step_folders import (
     finish_step_folder,
     remove_while_written,
 )
+from tinyllm_jax.training.weight_shapes import check_weights, trained_shapes
 
 FORMAT = 1
 # Orbax keeps a data file in memory until it has this size; by default 2 GB, a second checkpoint.
 DATA_FILE_BYTES = 1 << 24
 # What a task of Orbax says that outlives the failure of another.
 _CLOSED_LOOP = "Event loop is closed"
+_NOT_BEGUN = (
+    r"coroutine '(\w*CheckpointHandler\.\w+|_async_serialize\w*|cancellable|"
+    r"\S*_coro_with_registration)' was never awaited"
+)
 NO_MOMENTS: Any = Moments(np.int32(0), {}, {})  # type: ignore[arg-type]
 
 
@@ -250,19 +257,25 @@ def open_to_resume(path: Path, *, on_damaged: Callable[[str], None]) -> Checkpoi
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a step folder that `find_checkpoint` has found good."""
+    """Read a step folder that `find_checkpoint` has found good.
+
+    Raises:
+        InputError: another version wrote it, or its weights are not those of its settings.
+    """
     meta = json.loads((folder / "meta.json").read_text())
     if meta["format"] != FORMAT:
         raise InputError(
             f"{folder}: checkpoint format {meta['format']}, this version reads {FORMAT}. Use the "
             "version of tinyllm that wrote it."
         )
+    config = config_from_table(meta["config"], origin=str(folder / "meta.json"))
     with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         tree = _restore_as_numpy(checkpointer, (folder / "state").absolute())
+    check_weights(tree["weights"], trained_shapes(config), folder=folder)
     return Checkpoint(
         folder=folder,
         step=int(tree["step"]),
-        config=config_from_table(meta["config"], origin=str(folder / "meta.json")),
+        config=config,
         weights=tree["weights"],
         moments=Moments(tree["count"], tree["first_moments"], tree["second_moments"]),
         nonfinite_streak=int(tree["nonfinite_streak"]),
@@ -334,11 +347,19 @@ def _quiet_orbax() -> Iterator[None]:
     except BaseException:
         for library in libraries:
             logging.getLogger(library).setLevel(logging.CRITICAL)
+        logger.addFilter(_is_no_leftover)
+        warnings.filterwarnings("ignore", message=_NOT_BEGUN, category=RuntimeWarning)
         raise
     else:
         sys.excepthook, sys.unraisablehook = hooks
     finally:
         logger.setLevel(level)
+
+
+def _is_no_leftover(record: logging.LogRecord) -> bool:
+    """Tell records of others from those of threads that Orbax began for a save that failed."""
+    in_background = threading.current_thread() is not threading.main_thread()
+    return not (in_background and "orbax" in Path(record.pathname).parts)
 
 
 def _as_os_error(error: ValueError, *, path: Path) -> Exception:

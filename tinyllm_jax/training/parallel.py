@@ -16,6 +16,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from tinyllm_jax.config import Config
 from tinyllm_jax.errors import InputError
+from tinyllm_jax.model.compiled import compiled
 from tinyllm_jax.model.layers import compute_dtype
 from tinyllm_jax.model.placement import Placement, placed
 from tinyllm_jax.model.weights import Weights
@@ -128,10 +129,10 @@ class OneDevice:
         return state, batches
 
     def compile_train_steps(self, steps: Callable[..., Any]) -> Any:
-        return jax.jit(steps, donate_argnums=0)
+        return compiled(steps, donate_argnums=0)
 
     def compile_evaluation_step(self, step: Callable[..., Any]) -> Any:
-        return jax.jit(step)
+        return compiled(step)
 
     def compile_weights(self, build: Callable[..., Weights]) -> Any:
         return jax.jit(build)
@@ -218,14 +219,14 @@ class OnMesh:
             return new, jax.lax.with_sharding_constraint(numbers, self._at(PartitionSpec()))
 
         options = OVERLAP if self._mesh.devices.flat[0].platform == "gpu" else {}
-        return jax.jit(train_steps, donate_argnums=0, compiler_options=options)
+        return compiled(train_steps, donate_argnums=0, compiler_options=options)
 
     def compile_evaluation_step(self, step: Callable[..., Any]) -> Any:
         def evaluation_step(weights: Weights, batch: dict[str, Array]) -> Any:
             with placed(self._placement):
                 return step(weights, batch)
 
-        return jax.jit(evaluation_step, out_shardings=self._at(PartitionSpec()))
+        return compiled(evaluation_step, out_shardings=self._at(PartitionSpec()))
 
     def compile_weights(self, build: Callable[..., Weights]) -> Any:
         def built(*given: Any) -> Weights:

@@ -29,6 +29,7 @@ from tinyllm_jax.data.files import write_file
 from tinyllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.training.step_folders import find_checkpoint, finish_step_folder, step_folders
+from tinyllm_jax.training.weight_shapes import check_weights, weight_shapes
 from tinyllm_torch.model.weights import Weights, as_tensors
 from tinyllm_torch.training.optim import Moments
 from tinyllm_torch.training.step import TrainState
@@ -146,7 +147,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a step folder that `find_checkpoint` has found good.
 
     Raises:
-        InputError: another version wrote it.
+        InputError: another version wrote it, or its weights are not those of its settings.
     """
     meta = json.loads((folder / "meta.json").read_text())
     if meta["format"] != FORMAT:
@@ -154,6 +155,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{folder}: checkpoint format {meta['format']}, this version reads {FORMAT}. Use the "
             "version of tinyllm that wrote it."
         )
+    config = config_from_table(meta["config"], origin=str(folder / "meta.json"))
+    weights = load_file(folder / WEIGHTS)
+    check_weights(weights, weight_shapes(config.model), folder=folder)
     # convert writes none where it knows the weights only.
     moments = load_file(folder / MOMENTS) if (folder / MOMENTS).is_file() else {}
     first, second = (
@@ -168,8 +172,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         folder=folder,
         is_own=True,
         step=meta["step"],
-        config=config_from_table(meta["config"], origin=str(folder / "meta.json")),
-        weights=load_file(folder / WEIGHTS),
+        config=config,
+        weights=weights,
         moments=Moments(meta["count"], first, second),
         nonfinite_streak=meta["nonfinite_streak"],
         tokenizer=load_tokenizer(folder),

@@ -1,0 +1,123 @@
+"""The ways in which a CPU computes few rows, held against the usual ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinyllm_jax.config import ModelConfig
+from tinyllm_jax.inference.sampling import first_largest
+from tinyllm_jax.model import compiled as compiling
+from tinyllm_jax.model import decoding, transformer
+from tinyllm_jax.model.attention import reference_attention
+from tinyllm_jax.model.kv_cache import LayerCache, empty_cache, visible_slots, write
+from tinyllm_jax.model.weights import initial_weights, merge_weights, model_structure
+
+
+def draw(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("slots", [7, 64, 100, 128])
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_a_cache_read_in_blocks_gives_what_the_whole_one_gives(slots: int, kv_heads: int) -> None:
+    query = draw(0, 2, 1, 6, 8)
+    keys, values = draw(1, 2, kv_heads, slots, 8), draw(2, 2, kv_heads, slots, 8)
+    read = jax.jit(decoding.cached_attention)
+    for first in {0, 5, 63, 64, slots - 1} & set(range(slots)):
+        positions = jnp.array([[first], [slots // 2]])
+        expected = reference_attention(
+            query,
+            keys.transpose(0, 2, 1, 3),
+            values.transpose(0, 2, 1, 3),
+            mask=visible_slots(positions, slots=slots),
+            causal=False,
+            dropout_rate=0.0,
+            dropout_key=None,
+        )
+        np.testing.assert_allclose(read(query, keys, values, positions), expected, atol=2e-6)
+
+
+def test_no_block_is_read_behind_the_furthest_query() -> None:
+    query, keys, values = draw(0, 1, 1, 2, 8), draw(1, 1, 2, 192, 8), draw(2, 1, 2, 192, 8)
+    read = jax.jit(decoding.cached_attention)
+    for position, blocks in ((63, 1), (64, 2), (500, 1)):
+        spoilt = [x.at[:, :, blocks * 64 :].set(jnp.nan) for x in (keys, values)]
+        found = read(query, *spoilt, jnp.array([[position]]))
+        assert np.isfinite(found).all()
+        if position < 192:
+            whole = read(query, keys, values, jnp.array([[position]]))
+            np.testing.assert_array_equal(found, whole)
+
+
+def test_a_table_times_rows_is_the_rows_times_the_table() -> None:
+    table = draw(0, 40, 16)
+    for count in (2, decoding.FEW_ROWS):
+        rows = draw(count, count, 16)
+        assert decoding.goes_turned(rows)
+        np.testing.assert_allclose(decoding.times_table(rows, table), rows @ table.T, atol=1e-5)
+    assert not decoding.goes_turned(draw(0, decoding.FEW_ROWS + 1, 16))
+
+
+def test_one_token_is_written_where_many_are() -> None:
+    config = ModelConfig(num_hidden_layers=1)
+    (cache,) = empty_cache(config, batch=1, slots=9, dtype=jnp.dtype("float32"))
+    size = (1, 2, config.num_key_value_heads, config.head_dim)
+    keys, values, positions = draw(0, *size), draw(1, *size), jnp.array([[3, 8]])
+    together = write(cache, keys, values, positions)
+    for place in range(2):
+        part = slice(place, place + 1)
+        cache = write(cache, keys[:, part], values[:, part], positions[:, part])
+    jax.tree.map(np.testing.assert_array_equal, cache, together)
+
+
+def test_one_token_takes_the_ways_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, intermediate_size=16, max_position_embeddings=16,
+    )  # fmt: skip
+    structure, _ = model_structure(config)
+    model = merge_weights(structure, initial_weights(config, seed=0))
+    calls: list[str] = []
+    for name in ("cached_attention", "times_table"):
+        way = getattr(decoding, name)
+        monkeypatch.setattr(
+            transformer, name, lambda *a, way=way, name=name: (calls.append(name), way(*a))[1]
+        )
+
+    def logits(rows: int) -> None:
+        cache: tuple[LayerCache, ...] = empty_cache(
+            config, batch=rows, slots=16, dtype=jnp.dtype("float32")
+        )
+        tokens = jnp.ones((rows, 1), jnp.int32)
+        model.logits(model.hidden(tokens, tokens, cache=cache).states)
+
+    logits(1)
+    assert calls == ["cached_attention"]
+    logits(2)
+    assert calls == ["cached_attention", "times_table"]
+
+
+def test_the_first_of_equal_logits_is_taken() -> None:
+    rows = np.array(
+        [[1, 3, 3, 2], [-np.inf, -np.inf, 0, -np.inf], [-np.inf] * 4, [0, 0, 0, 0]], np.float32
+    )
+    np.testing.assert_array_equal(first_largest(jnp.array(rows)), rows.argmax(axis=1))
+    assert 0 <= int(first_largest(jnp.array([[np.nan, 1.0, 2.0, 0.0]]))[0]) < 4
+
+
+def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiling.model_options.cache_clear()
+    assert compiling.model_options() == compiling.CPU_OPTIONS
+    monkeypatch.setattr(compiling, "CPU_OPTIONS", {"xla_cpu_no_such_option": "1"})
+    compiling.model_options.cache_clear()
+    try:
+        assert compiling.model_options() == {}
+        assert compiling.compiled(lambda x: x + 1)(1.0) == 2.0
+    finally:
+        compiling.model_options.cache_clear()
+
+
+def test_eigen_multiplies() -> None:
+    x = jnp.ones((64, 64))
+    assert "ynn_fusion" not in compiling.compiled(lambda x: x @ x).lower(x).compile().as_text()

@@ -23,18 +23,26 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def change_somewhere(table: Any, dice: random.Random) -> dict[str, str]:
-    """Change one entry, anywhere in nested tables and lists; gives marks that stand for raw text."""
+def somewhere(table: Any, dice: random.Random) -> tuple[Any, Any] | None:
+    """Choose a table or list, anywhere in nested ones, and a place in it; None where there is none."""
     while True:
         places = list(table) if isinstance(table, dict) else list(range(len(table)))
         if not places:
-            return {}
+            return None
         place = dice.choice(places)
         inner = table[place]
         if not (isinstance(inner, (dict, list)) and inner and dice.random() < 0.8):
-            break
+            return table, place
         table = inner
-    kind = dice.randrange(8)
+
+
+def change_somewhere(table: Any, dice: random.Random) -> dict[str, str]:
+    """Change one entry, anywhere in nested tables and lists; gives marks that stand for raw text."""
+    found = somewhere(table, dice)
+    if found is None:
+        return {}
+    table, place = found
+    inner, kind = table[place], dice.randrange(8)
     if kind == 0:
         del table[place]
     elif kind == 1 and isinstance(table, dict):

@@ -43,6 +43,9 @@ SMALL_RUN = [
     *("--max-new-tokens", "16"),
 ]
 
+# What Chromium is called.
+BINARIES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
 # The files that take longest, which begin first, so that two workers end at about the same time.
 LONGEST = [
     *("presets", "lora", "tiny", "hosts", "settings_reach", "faults", "modes", "mode_settings"),
@@ -163,3 +166,16 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, prepared_folder: Path)
 def run_copy(trained_run: Path, tmp_path: Path) -> Path:
     """Give a copy of the finished run that a test may break."""
     return Path(shutil.copytree(trained_run, tmp_path / "run", symlinks=True))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Start the browser, or skip where there is none."""
+    path = next(filter(None, map(shutil.which, BINARIES)), None)
+    if path is None:
+        pytest.skip("no Chromium here; on Debian: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield found
+        found.close()

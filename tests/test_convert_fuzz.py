@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bad_input_damage import somewhere
 from convert_cases import llama2c_checkpoint, random_bundle, with_training
 
 import convert
@@ -43,16 +44,11 @@ IN_JSON = 24  # so many of them that JSON can hold
 
 def change_somewhere(table: Any, dice: random.Random, values: list[Any]) -> None:
     """Replace, remove or rename one entry, anywhere in nested tables and lists."""
-    while True:
-        places = list(table) if isinstance(table, dict) else list(range(len(table)))
-        if not places:
-            return
-        place = dice.choice(places)
-        inner = table[place]
-        if not (isinstance(inner, (dict, list)) and inner and dice.random() < 0.8):
-            break
-        table = inner
-    kind = dice.randrange(6)
+    found = somewhere(table, dice)
+    if found is None:
+        return
+    table, place = found
+    inner, kind = table[place], dice.randrange(6)
     if kind == 0:
         del table[place]
     elif kind == 1 and isinstance(table, dict):

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -30,7 +29,6 @@ from tinyllm_jax.inference.service import (  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-BINARIES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 HOSTILE = (
     '<img src=x onerror="window.harmed=1"> </script><script>window.harmed=1</script> '
     "<b onmouseover='window.harmed=1'>bold</b> &lt; javascript:window.harmed=1"
@@ -126,18 +124,6 @@ class Scripted:
 
     def stats(self) -> ServiceStats:
         return ServiceStats(1, 0, 0, 0, 0, 0, 0, 0)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Start the browser, or skip where there is none."""
-    path = next(filter(None, map(shutil.which, BINARIES)), None)
-    if path is None:
-        pytest.skip("no Chromium here; on Debian: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The pages of runs in a real browser: Chromium without a window."""
 
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from tinyllm_jax.training.report import report_of  # noqa: E402
 from tinyllm_jax.training.reports.compare import comparison_of  # noqa: E402
 from tinyllm_jax.training.reports.run import Run, read_run  # noqa: E402
 
-BINARIES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 HARM = '<script>window.harmed=1</script><img src=x onerror="window.harmed=1">'
 # Names of things at the axes that lie over each other.
 OVERLAPS = """() => [...document.querySelectorAll(".frame")].flatMap((frame) => {
@@ -26,18 +24,6 @@ OVERLAPS = """() => [...document.querySelectorAll(".frame")].flatMap((frame) => 
     && b.left < a.right && a.top + 2 < b.bottom && b.top + 2 < a.bottom)
     .map(([two]) => `${one} and ${two}`));
 })"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Start the browser, or skip where there is none."""
-    path = next(filter(None, map(shutil.which, BINARIES)), None)
-    if path is None:
-        pytest.skip("no Chromium here; on Debian: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 def full_run(name: str) -> Run:

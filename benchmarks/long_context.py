@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from tinyllm_jax.config import Config
 from tinyllm_jax.data.batches import EvaluationBatches
 from tinyllm_jax.data.prepare import prepare
+from tinyllm_jax.model.compiled import compiled
 from tinyllm_jax.model.weights import merge_weights, model_structure
 from tinyllm_jax.training.checkpoint import open_checkpoint
 
@@ -46,7 +47,7 @@ def loss_by_position(config: Config, weights: Any, rows: EvaluationBatches) -> n
     """Average the loss of each bucket of positions over all rows."""
     structure, _ = model_structure(config.model)
 
-    @jax.jit
+    @compiled
     def losses(weights: Any, tokens: jax.Array, targets: jax.Array) -> jax.Array:
         logits = merge_weights(structure, weights)(tokens)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -18,6 +18,7 @@ import numpy as np
 
 from tinyllm_jax.config import Config, load_config
 from tinyllm_jax.model.attention import reference_attention
+from tinyllm_jax.model.compiled import compiled
 from tinyllm_jax.model.weights import flops_per_token
 from tinyllm_jax.training.dry_run import compile_step, first_state, made_up_batches
 from tinyllm_jax.training.step import NOTHING_FIXED
@@ -108,7 +109,7 @@ def measure_attention(length: int, rounds: int) -> None:
                 dropout_key=None,
             )
 
-        both = jax.jit(lambda *inputs: jax.vjp(run, *inputs[:3])[1](inputs[3]))
+        both = compiled(lambda *inputs: jax.vjp(run, *inputs[:3])[1](inputs[3]))
         return lambda: jax.block_until_ready(both(query, key, value, change))
 
     tensors = [torch.from_numpy(array).transpose(1, 2).contiguous() for array in arrays]

@@ -60,6 +60,7 @@ def our_step(config: Config) -> Callable[[], Any]:
     keep_freed_memory()  # as the command does
     import jax
 
+    from tinyllm_jax.model.compiled import compiled
     from tinyllm_jax.model.weights import initial_weights, model_structure
     from tinyllm_jax.objectives.pretrain import count_targets, next_token_loss
     from tinyllm_jax.training.step import make_train_step, new_state
@@ -68,11 +69,11 @@ def our_step(config: Config) -> Callable[[], Any]:
     batch = {"tokens": tokens, "targets": targets, "loss_mask": np.ones(tokens.shape, bool)}
     structure, _ = model_structure(config.model)
     step = make_train_step(config, structure, next_token_loss, count_targets)
-    compiled = jax.jit(step, donate_argnums=0)
+    train_step = compiled(step, donate_argnums=0)
     held = {"state": new_state(config, initial_weights(config.model, seed=0))}
 
     def run() -> None:
-        held["state"], numbers = compiled(held["state"], batch)
+        held["state"], numbers = train_step(held["state"], batch)
         jax.block_until_ready(numbers)
 
     return run

@@ -88,11 +88,15 @@ def compiled_plainly() -> Iterator[None]:
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
+    jax.clear_caches()  # which do not know how a program was compiled
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         jax.config.update("jax_disable_most_optimizations", True)
-        yield
-    jax.config.update("jax_disable_most_optimizations", before)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_disable_most_optimizations", before)
+            jax.clear_caches()
 
 
 @pytest.fixture(scope="module", autouse=True)

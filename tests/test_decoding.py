@@ -103,7 +103,16 @@ def test_the_first_of_equal_logits_is_taken() -> None:
         [[1, 3, 3, 2], [-np.inf, -np.inf, 0, -np.inf], [-np.inf] * 4, [0, 0, 0, 0]], np.float32
     )
     np.testing.assert_array_equal(first_largest(jnp.array(rows)), rows.argmax(axis=1))
-    assert 0 <= int(first_largest(jnp.array([[np.nan, 1.0, 2.0, 0.0]]))[0]) < 4
+
+
+def test_a_token_that_is_ruled_out_is_not_picked_beside_nan() -> None:
+    wide = np.full((3, 4096), -np.inf, np.float32)
+    wide[:, :4000] = np.random.default_rng(0).normal(size=(3, 4000))
+    wide[0, :4000] = np.nan
+    wide[1, 100] = np.nan
+    wide[2, 3999] = np.nan
+    expected = np.where(np.isnan(wide), -np.inf, wide).argmax(axis=1)
+    np.testing.assert_array_equal(jax.jit(first_largest)(wide), expected)
 
 
 def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

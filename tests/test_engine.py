@@ -14,7 +14,7 @@ from llama_oracle import SMALL, changed, random_weights
 from tinyllm_jax.config import EngineConfig, SamplingConfig
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference import engine as engine_module
-from tinyllm_jax.inference.engine import Engine, Job, News, NewToken, Request
+from tinyllm_jax.inference.engine import CHUNKS_AT_ONCE, Engine, Job, News, NewToken, Request
 from tinyllm_jax.inference.generate import Generator
 from tinyllm_jax.model.weights import merge_weights, model_structure
 
@@ -161,6 +161,42 @@ def test_prompts_are_read_in_turns(engine: Engine) -> None:
         engine.step()
     assert short.tokens
     assert not long.job.is_read
+    finish(engine)
+
+
+def test_no_more_chunks_are_read_than_requests_wait_meanwhile(
+    weights: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dataclasses.replace(SETTINGS, slots=12)
+    engine = Engine(CONFIG, weights, tokens=CONFIG.vocab_size, settings=settings)
+    engine.compile()
+    chunks: list[Any] = []
+    read = engine._read_one_chunk
+    monkeypatch.setattr(engine, "_read_one_chunk", lambda job: (chunks.append(job), read(job))[1])
+
+    def read_in_a_step() -> int:
+        before = len(chunks)
+        engine.step()
+        assert len(set(chunks[before:])) == len(chunks) - before
+        return len(chunks) - before
+
+    lasting = dataclasses.replace(SAMPLINGS[1], max_new_tokens=90)
+
+    def begin(running: int) -> None:
+        for number in range(running):
+            Answer(engine, request(1, sampling=lasting, sample_number=number))
+        while engine.waiting or any(job and not job.is_read for job in engine._slots):
+            engine.step()
+
+    begin(2)
+    for number in range(5):
+        Answer(engine, request(4, sample_number=number))
+    assert [read_in_a_step() for _ in range(3)] == [2, 2, 2]
+    finish(engine)
+    begin(6)
+    for number in range(6):
+        Answer(engine, request(4, sample_number=number))
+    assert [read_in_a_step() for _ in range(3)] == [CHUNKS_AT_ONCE] * 3
     finish(engine)
 
 

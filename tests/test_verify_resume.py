@@ -21,6 +21,7 @@ SHORT = [*SMALL_RUN, "--max-steps", "8"]
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_is_proved_exact(command: Command, tmp_path: Path) -> None:
     flags = ["--kills", "2", "--kill-seed", "3", "--keep", "both"]
+    flags += ["--train.gradient_accumulation_steps", "2", "--model.residual_dropout", "0.1"]
     ended = command.run("verify_resume", *SHORT, *flags)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.startswith("EXACT after 2 kills, ")

@@ -212,7 +212,7 @@ def show_step(
         model = merge_weights(structure, {**frozen, **weights})
         return objective.loss_sums(model, batch, None)[0] / objective.loss_weight(batch)
 
-    gradients = jax.jit(jax.grad(mean_loss))(state.weights, batch)
+    gradients = compiled(jax.grad(mean_loss))(state.weights, batch)
     heading("One optimizer step")
     print(f"loss {float(numbers['loss']):.4f} nats per token (a uniform guess has "
           f"{np.log(config.model.vocab_size):.4f}), gradient norm "

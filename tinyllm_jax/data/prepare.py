@@ -4,6 +4,7 @@
 A key is a hash of all that the content depends on, so nothing is ever stale.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -229,7 +230,9 @@ def get_tokenizer(
     key = hash_of([FORMAT, sources, document_settings(config.data), settings])[:16]
     folder = data_dir() / "tokenizers" / key
     if not config.tokenizer.retrain and is_trained(folder):
-        return load_trained(folder)
+        # Another process may be writing it again; then it is read once more behind the lock.
+        with contextlib.suppress(InputError, FileNotFoundError):
+            return load_trained(folder)
     with locked(folder.with_suffix(".lock"), on_wait=lambda: say_waiting(folder)):
         if config.tokenizer.retrain or not is_trained(folder):
             documents = sample_documents(

@@ -55,15 +55,16 @@ def next_tokens(
 
 
 def first_largest(logits: Float[Array, "batch vocab"]) -> Int[Array, "batch"]:
-    """Give the first of the largest logits of each row, as `argmax` does.
+    """Give the first of the largest logits of each row, NaN counting as the smallest.
 
     XLA's CPU backend takes four times as long for `argmax` of a few rows, and makes its input again
     for each of the two numbers that it keeps.
     """
+    # Else no logit might equal the largest, and a token be picked that has been ruled out.
+    logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
     last = logits.shape[1] - 1
     largest = logits.max(axis=1, keepdims=True)
     ids = jnp.arange(last + 1, dtype=jnp.int32)[None]
-    # Nothing equals NaN; a row that holds one gets the last token.
     return jnp.where(logits == largest, ids, last).min(axis=1)
 
 

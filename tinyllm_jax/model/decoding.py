@@ -1,4 +1,4 @@
-"""Faster ways of a CPU to compute the next token of few rows; the values are those of the usual ways.
+"""Faster ways of a CPU to compute the next token of few rows; they differ from the usual in rounding.
 
 Letters: b batch, q query position, k slot, n key/value head, d head width (as in `attention`).
 """
@@ -57,11 +57,11 @@ def cached_attention(
     """Attend to the slots up to each query's position, and read no more than the furthest one needs.
 
     The slots come in blocks, as many as the furthest query looks at, with a running maximum and sum. A
-    block of which a query sees nothing changes none of its bits, so that neither the size of the
-    cache nor the other rows make a difference.
+    block of which a query sees nothing changes none of its bits, so the other rows make no difference,
+    and the size of the cache at most one of rounding, in a last block that is not full.
 
     Args:
-        positions: A query beyond the last slot belongs to nobody; it makes no block be read.
+        positions: A query beyond the last slot belongs to nobody, and nobody waits for what it needs.
 
     Source: the running softmax: Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
     """
@@ -69,7 +69,7 @@ def cached_attention(
     kv_heads, slots = keys.shape[1:3]
     wide, size = jnp.promote_types(query.dtype, jnp.float32), min(CACHE_BLOCK, slots)
     # The queries that share a key head are rows of one product.
-    rows = query.transpose(0, 2, 1, 3).reshape(batch, kv_heads, -1, head_dim) * head_dim**-0.5
+    rows = query.transpose(0, 2, 1, 3).reshape(batch, kv_heads, -1, head_dim)
     seen_up_to = jnp.tile(positions, (1, heads // kv_heads))[:, None, :, None]
     furthest = jnp.max(jnp.where(positions < slots, positions, 0))
 
@@ -86,7 +86,8 @@ def cached_attention(
         # The last block of a cache that is no multiple of blocks begins in the one before.
         slot = (start + jnp.arange(size))[None, None, None]
         visible = (slot >= block * size) & (slot <= seen_up_to)
-        scores = jnp.where(visible, product("bnqd,bnkd->bnqk", rows, key), jnp.finfo(wide).min)
+        scores = product("bnqd,bnkd->bnqk", rows, key) * head_dim**-0.5
+        scores = jnp.where(visible, scores, jnp.finfo(wide).min)
         new = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
         kept, weights = jnp.exp(largest - new), jnp.where(visible, jnp.exp(scores - new), 0.0)
         total = total * kept + weights.sum(axis=-1, keepdims=True)

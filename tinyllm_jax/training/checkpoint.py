@@ -57,7 +57,7 @@ DATA_FILE_BYTES = 1 << 24
 # What a task of Orbax says that outlives the failure of another.
 _CLOSED_LOOP = "Event loop is closed"
 _NOT_BEGUN = (
-    r"coroutine '(\w*CheckpointHandler\.\w+|_async_serialize\w*|cancellable|"
+    r"coroutine '(\w*CheckpointHandler\.\w+|_async_serialize\w*|"
     r"\S*_coro_with_registration)' was never awaited"
 )
 NO_MOMENTS: Any = Moments(np.int32(0), {}, {})  # type: ignore[arg-type]
@@ -143,7 +143,8 @@ def write_step_folder(
             "step": step,
             "nonfinite_streak": nonfinite_streak,
         }
-        with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        saving = _quiet_orbax(saves=True)
+        with saving, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             try:
                 saved = ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=DATA_FILE_BYTES)
                 checkpointer.save((partial / "state").absolute(), args=saved)
@@ -269,7 +270,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             "version of tinyllm that wrote it."
         )
     config = config_from_table(meta["config"], origin=str(folder / "meta.json"))
-    with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    reading = _quiet_orbax(saves=False)
+    with reading, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         tree = _restore_as_numpy(checkpointer, (folder / "state").absolute())
     check_weights(tree["weights"], trained_shapes(config), folder=folder)
     return Checkpoint(
@@ -322,7 +324,7 @@ def _restore_as_numpy(checkpointer: ocp.Checkpointer, state: Path) -> dict[str, 
 
 
 @contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
+def _quiet_orbax(*, saves: bool) -> Iterator[None]:
     """Keep Orbax's lines and tracebacks off the terminal; its errors are raised, and told once.
 
     After an error its other tasks go on complaining when they end or are collected, at whatever moment.
@@ -347,8 +349,9 @@ def _quiet_orbax() -> Iterator[None]:
     except BaseException:
         for library in libraries:
             logging.getLogger(library).setLevel(logging.CRITICAL)
-        logger.addFilter(_is_no_leftover)
-        warnings.filterwarnings("ignore", message=_NOT_BEGUN, category=RuntimeWarning)
+        if saves:
+            logger.addFilter(_is_no_leftover)
+            warnings.filterwarnings("ignore", message=_NOT_BEGUN, category=RuntimeWarning)
         raise
     else:
         sys.excepthook, sys.unraisablehook = hooks

@@ -12,7 +12,7 @@ if __name__ == "__main__":
     load = language_model.load
 
     def load_endless(path: str) -> language_model.LanguageModel:
-        model = chat_model(load(path), context=4096)
+        model = chat_model(load(path), context=16384)
         return language_model.LanguageModel(model.config, model.weights, Endless(model.tokenizer))
 
     language_model.load = load_endless

@@ -101,10 +101,17 @@ def compiled_plainly() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def compiler(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compile plainly for a file that says so: it compares no floats with another program's."""
-    plainly = getattr(request.module, "COMPILED_PLAINLY", False)
+    """Compile plainly for a file that says so: it compares no floats with another program's.
+
+    What a file has set for the process ends with it.
+    """
+    import jax
+
+    plainly, wide = getattr(request.module, "COMPILED_PLAINLY", False), jax.config.jax_enable_x64
     with compiled_plainly() if plainly else contextlib.nullcontext():
         yield
+    # A command that trains in float64 turns it on for its process.
+    jax.config.update("jax_enable_x64", wide)
 
 
 @pytest.fixture(scope="session")

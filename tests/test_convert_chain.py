@@ -34,6 +34,7 @@ from tinyllm_jax.data.toy_stories import generate_stories
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.training.checkpoint import read_checkpoint
 
+COMPILED_PLAINLY = True  # as the run that goes on here
 PROMPT = "Once upon a time"
 ODD_TEXTS = [
     "", " ", "  two spaces", "one  two   three", "\n\nline\n", "tab\there", "naïve café", "日本語",

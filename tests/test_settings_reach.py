@@ -370,8 +370,9 @@ OF_RUN = {
     "run.dry_run": Case("true", folders_and_exit_code),
     "run.init_from": Case("run", told_first),
 }
-# A broken line stops only one of the two; a rarer pair can only be missing from the vocabulary.
-SEEN_IN_REFUSALS = {"data.on_bad_record", "tokenizer.min_frequency"}
+# A broken line stops only one of the two; a rarer pair can only be missing from the vocabulary; a tokenizer
+# that was changed is refused, unless it is trained again.
+SEEN_IN_REFUSALS = {"data.on_bad_record", "tokenizer.min_frequency", "tokenizer.retrain"}
 OF_PROCESS = {"train.compilation_cache": Case("false", cached_programs)}
 # Each setting, its other value, and what must be set besides for it to show.
 OF_SAMPLING: dict[str, tuple[Any, Settings]] = {

@@ -1,13 +1,12 @@
 """Convert a checkpoint: `python -m convert SRC DST --to hf`."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from convert.conversion import DTYPE_WORDS, TARGETS, Report, convert
-from tinyllm_jax.cli import run
+from tinyllm_jax.cli import run, say
 from tinyllm_jax.config import load_config
 from tinyllm_jax.settings import Parser
 
@@ -26,7 +25,7 @@ def main(words: Sequence[str] | None = None) -> int:
         llama2c_version=arguments.llama2c_version,
         verify=not arguments.no_verify,
         overwrite=arguments.overwrite,
-        say=lambda text: print(text, file=sys.stderr, flush=True),  # noqa: T201
+        say=say,
     )
     print(report_text(report, arguments))  # noqa: T201
     return 0

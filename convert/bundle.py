@@ -21,7 +21,7 @@ from convert.checks import listed, parse_json, read_count, read_number, run_sett
 from tinyllm_jax.config import Config, ModelConfig, config_from_table, config_to_table
 from tinyllm_jax.data.tokenizer import Tokenizer, check_tokenizer_hash
 from tinyllm_jax.errors import InputError
-from tinyllm_jax.training.weight_shapes import weight_shapes
+from tinyllm_jax.training.weight_shapes import SCORES, weight_shapes
 
 META_FORMAT = 1
 META_OF_MODEL = ("format", "config")
@@ -32,7 +32,6 @@ DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
-SCORES = "score.weight"
 WITHOUT_VALUES = "the value function that PPO trained beside the model was left out"
 Arrays = dict[str, np.ndarray]
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(.+)")

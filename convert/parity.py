@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import importlib.util
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ import numpy as np
 from convert.bundle import Bundle
 from convert.conversion import read
 from convert.parity_sample import Sample, sample_of
-from tinyllm_jax.cli import run
+from tinyllm_jax.cli import run, say
 from tinyllm_jax.config import ModelConfig, load_config
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.settings import Parser
@@ -350,11 +349,6 @@ def table_line(
 ) -> str:
     """Put cells under one another."""
     return f"{what:<27}{absolute:>9}{relative:>10}{tolerance:>11}  {result:<6}  {place}".rstrip()
-
-
-def say(text: str) -> None:
-    """Tell a person on stderr."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

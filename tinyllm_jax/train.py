@@ -8,11 +8,11 @@ Text becomes a tokenizer and token shards, a run folder is opened, and `fit` doe
 
 import argparse
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyllm_jax import cli
 from tinyllm_jax.cli import run
 from tinyllm_jax.config import Config, preset_names, read_preset
 from tinyllm_jax.errors import InputError
@@ -246,7 +246,7 @@ def say(text: str) -> None:
     from tinyllm_jax.training.distributed import hosts
 
     if hosts().is_first:
-        print(text, file=sys.stderr, flush=True)
+        cli.say(text)
 
 
 if __name__ == "__main__":

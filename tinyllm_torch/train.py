@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tinyllm_jax.cli import run
+from tinyllm_jax.cli import run, say
 from tinyllm_jax.config import Config, ParallelConfig, preset_names
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.settings import Parser, add_flags, parse_flags
@@ -197,11 +197,6 @@ def say_how_it_ended(start: "Start", outcome: "Outcome") -> int:
         f'  python -m tinyllm_torch.generate --checkpoint {folder} --prompt "{start.config.sampling.prompt}"'
     )
     return 0
-
-
-def say(text: str) -> None:
-    """Tell the person something, on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tinyllm_jax.config import Config, DataConfig, data_dir
-from tinyllm_jax.data import bytelevel, sentencepiece_bpe, toy_stories
+from tinyllm_jax.data import toy_stories
 from tinyllm_jax.data.corpus import Part, find_parts, sample_documents
 from tinyllm_jax.data.files import locked, sha256_of_file, write_file
 from tinyllm_jax.data.groups import GroupRecord, is_toy, plan_groups, tokenise_groups
@@ -30,7 +30,7 @@ from tinyllm_jax.data.shards import (
     prepare_again,
 )
 from tinyllm_jax.data.sources import find_left_out
-from tinyllm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from tinyllm_jax.data.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer, train_tokenizer
 from tinyllm_jax.errors import InputError
 
 # Source bytes of one restartable piece of work: seconds of one core.
@@ -39,7 +39,6 @@ GROUP_BYTES = 32 << 20
 FORMAT = 2
 # Beside a trained tokenizer, as `sha256sum --check` reads it.
 TOKENIZER_SUMS = "SHA256SUMS"
-TOKENIZER_FILES = (sentencepiece_bpe.FILE_NAME, bytelevel.FILE_NAME)
 # What is read of a manifest.
 MANIFEST = {
     "dataset_hash": str,
@@ -264,7 +263,7 @@ def load_trained(folder: Path) -> Tokenizer:
     if not path.is_file():  # trained before there were checksums
         return load_tokenizer(folder)
     known, _, name = path.read_text(errors="replace").strip().partition("  ")
-    if name in TOKENIZER_FILES:  # else the line itself is damaged
+    if name in FILE_NAMES:  # else the line itself is damaged
         path = folder / name
     if not path.is_file() or sha256_of_file(path) != known:
         raise InputError(

@@ -8,6 +8,9 @@ from tinyllm_jax.config import TokenizerConfig
 from tinyllm_jax.data import bytelevel, sentencepiece_bpe
 from tinyllm_jax.errors import InputError
 
+# What a folder with a tokenizer holds one of.
+FILE_NAMES = (sentencepiece_bpe.FILE_NAME, bytelevel.FILE_NAME)
+
 
 @runtime_checkable
 class Tokenizer(Protocol):
@@ -83,11 +86,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """
     path = Path(path)
     if path.is_dir():
-        names = [sentencepiece_bpe.FILE_NAME, bytelevel.FILE_NAME]
-        found = [path / name for name in names if (path / name).is_file()]
+        found = [path / name for name in FILE_NAMES if (path / name).is_file()]
         if not found:
             raise InputError(
-                f"{path}: no tokenizer in this folder. Give one that holds {' or '.join(names)}."
+                f"{path}: no tokenizer in this folder. Give one that holds {' or '.join(FILE_NAMES)}."
             )
         path = found[0]
     if not path.is_file():

@@ -38,7 +38,7 @@ from tinyllm_jax.model.weights import merge_weights, model_structure
 
 # The likeliest tokens that can be told with each token; OpenAI's limit, too.
 MOST_ALTERNATIVES = 20
-# Chunks that are read between two dispatches; 4 take half as long as a dispatch of 16 rows on a CPU.
+# Chunks that are read between two dispatches at most; those that get tokens wait for them.
 CHUNKS_AT_ONCE = 4
 # Caches up to this are read whole; of longer ones only as much as the longest text needs.
 SHORTEST_REACH = 512

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from tinyllm_jax.cli import say
 from tinyllm_jax.config import GenerateConfig, ModelConfig, SamplingConfig
 from tinyllm_jax.data.asking import as_question, as_text
 from tinyllm_jax.data.tokenizer import Tokenizer
@@ -181,15 +181,11 @@ def load(path: str | Path) -> LanguageModel:
         if problem is None:
             folder = best
         else:
-            _say(f"{best}: damaged checkpoint ({problem}); the newest good one is used.")
-    checkpoint = open_checkpoint(folder or path, on_damaged=_say)
+            say(f"{best}: damaged checkpoint ({problem}); the newest good one is used.")
+    checkpoint = open_checkpoint(folder or path, on_damaged=say)
     config = checkpoint.config.model
     if config.attention == "cudnn" and jax.default_backend() != "gpu":
         # The kernel is a matter of the machine, not of the model.
         config = dataclasses.replace(config, attention="auto")
-    _say(f"{checkpoint.folder}: step {checkpoint.step}")
+    say(f"{checkpoint.folder}: step {checkpoint.step}")
     return LanguageModel(config, checkpoint.weights, checkpoint.tokenizer)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,7 +1,6 @@
 """A trained model with its tokenizer: text in, text out, or token ids in, logits out."""
 
 import importlib
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from tinyllm_jax.cli import say
 from tinyllm_jax.config import GenerateConfig, ModelConfig, SamplingConfig
 from tinyllm_jax.data.asking import as_question, as_text
 from tinyllm_jax.data.tokenizer import Tokenizer
@@ -166,7 +166,7 @@ def load(path: str | Path) -> LanguageModel:
     path, best = Path(path), Path(path) / "best"
     if path.exists() and not holds_checkpoint(path):
         # By name: to read one's own, convert need not be there.
-        bundle = importlib.import_module("convert").read(path, prefer_best=True, say=_say)
+        bundle = importlib.import_module("convert").read(path, prefer_best=True, say=say)
         if bundle.tokenizer is None:
             raise InputError(
                 f"{path}: holds no tokenizer. Convert it, with --tokenizer PATH, and load that."
@@ -178,9 +178,9 @@ def load(path: str | Path) -> LanguageModel:
         if problem is None:
             folder = best
         else:
-            _say(f"{best}: damaged checkpoint ({problem}); the newest good one is used.")
-    checkpoint = read_checkpoint(folder or find_checkpoint(path, on_damaged=_say))
-    _say(f"{checkpoint.folder}: step {checkpoint.step}")
+            say(f"{best}: damaged checkpoint ({problem}); the newest good one is used.")
+    checkpoint = read_checkpoint(folder or find_checkpoint(path, on_damaged=say))
+    say(f"{checkpoint.folder}: step {checkpoint.step}")
     return LanguageModel(checkpoint.config.model, checkpoint.weights, checkpoint.tokenizer)
 
 
@@ -203,7 +203,3 @@ def bundle_from_model(model: Transformer, tokenizer: Tokenizer | None) -> "Bundl
     return importlib.import_module("convert.bundle").Bundle(
         model=model.config, weights=weights, tokenizer=tokenizer, training=None, layout=layout
     )
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """Every attention implementation is the paper's formula, and cuDNN is refused where it cannot run."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,12 +11,12 @@ import pytest
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.attention import (
     attention,
-    block_size,
     choose_implementation,
     reference_attention,
     segment_mask,
     suits_cudnn,
 )
+from tinyllm_jax.model.attention_rows import attend_row_by_row, block_size
 
 HAS_GPU = jax.default_backend() == "gpu"
 
@@ -82,8 +83,8 @@ def test_every_implementation_equals_the_formula(
 
 @pytest.mark.parametrize("length", [64, 65, 150, 600])
 @pytest.mark.parametrize("documents", [1, 3])
-def test_blocks_of_queries_change_no_output_and_no_gradient(length: int, documents: int) -> None:
-    """`causal=False` with the causal mask is the same thing in one block."""
+def test_blocks_and_rows_change_no_output_and_no_gradient(length: int, documents: int) -> None:
+    """`causal=False` with the causal mask is the same thing in one block, all rows at once."""
     query, key, value = inputs(heads=4, kv_heads=2, queries=length, keys=length, dtype=np.float64)
     segment_ids = np.sort(np.random.default_rng(1).integers(1, documents + 1, (2, length)))
     whole = np.asarray(segment_mask(jnp.asarray(segment_ids)))
@@ -99,13 +100,46 @@ def test_blocks_of_queries_change_no_output_and_no_gradient(length: int, documen
                 dropout_key=None,
             )
 
+        return with_gradients(run)
+
+    def by_rows(*inputs: jax.Array) -> jax.Array:
+        return attend_row_by_row(*inputs, None if given is None else jnp.asarray(given))
+
+    def with_gradients(run: Callable[..., jax.Array]) -> Any:
         out, pull = jax.vjp(jax.jit(run), *map(jnp.asarray, (query, key, value)))
         return out, *pull(jnp.sin(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
 
     with jax.enable_x64(True):
         assert 1 <= -(-length // block_size(length)) <= 8
-        for one, other in zip(numbers(given, True), numbers(whole, False), strict=True):
-            np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
+        expected = numbers(whole, False)
+        for found in (numbers(given, True), with_gradients(by_rows)):
+            for one, other in zip(found, expected, strict=True):
+                np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_by_themselves_keep_the_precision(heads: int, dtype: str) -> None:
+    """Against float64, the loop's own backward pass is as near as JAX's gradient of the reference."""
+    arrays = inputs(heads=heads, kv_heads=2, queries=70, keys=70)
+    with jax.enable_x64(True):
+        rounded = [jnp.asarray(array, dtype) for array in arrays]
+        change = jnp.cos(jnp.arange(rounded[0].size)).reshape(rounded[0].shape)
+
+        def error(run: Callable[..., jax.Array]) -> list[float]:
+            pull = jax.vjp(jax.jit(run), *rounded)[1]
+            exact = jax.vjp(jax.jit(run), *(x.astype(jnp.float64) for x in rounded))[1]
+            found = zip(pull(change.astype(dtype)), exact(change), strict=True)
+            return [float(jnp.abs(one - other).max()) for one, other in found]
+
+        def reference(*inputs: jax.Array) -> jax.Array:
+            return reference_attention(
+                *inputs, mask=None, causal=True, dropout_rate=0.0, dropout_key=None
+            )
+
+        ours = error(lambda *inputs: attend_row_by_row(*inputs, None))
+        for one, other in zip(ours, error(reference), strict=True):
+            assert one <= 1.5 * other
 
 
 def test_the_masked_half_of_long_rows_is_not_multiplied() -> None:

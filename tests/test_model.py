@@ -604,3 +604,11 @@ def test_the_gradient_of_swiglu_is_right_for_every_gate(dtype: str, bound: float
         for mine, right in zip(found, (of_gate, change * gate * sigmoid), strict=True):
             error = np.linalg.norm(np.asarray(mine, np.float64) - right)
             assert error <= bound * np.linalg.norm(right), low
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_swiglu_is_flat_beyond_what_exponentials_can_hold(dtype: str) -> None:
+    gate, ones = jnp.asarray([-1e30, -1e4, -200.0, 200.0, 1e4], dtype), jnp.ones(5, dtype)
+    of_gate, of_up = jax.vjp(_gated, gate, ones)[1](ones)
+    np.testing.assert_array_equal(np.asarray(of_gate, np.float32), [0, 0, 0, 1, 1])
+    np.testing.assert_array_equal(of_up, jnp.where(gate > 0, gate, 0))

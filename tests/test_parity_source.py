@@ -22,8 +22,7 @@ MIRRORED += [
 ONLY_IN_JAX = {
     "inference/generate.py": {"Generator.compilations", "bucket"},  # nothing is compiled
     "inference/language_model.py": {"precision"},  # JAX is told to keep float64
-    # torch picks its kernel by itself, and multiplies the masked half with the rest
-    "model/attention.py": {"suits_cudnn", "goes_row_by_row", "row_by_row", "block_size"},
+    "model/attention.py": {"suits_cudnn"},  # torch picks its kernel by itself
     # torch's products take any order of axes
     "model/kv_cache.py": {"LayerCache.slots", "LayerCache.by_slot"},
     # torch multiplies in float32 unless told; its generators are not split
@@ -52,7 +51,7 @@ ONLY_IN_JAX_FILES = {
     *(f"inference/{name}.py" for name in ("engine", "service", "stored_weights", "text_stream")),
     *(f"inference/{name}.py" for name in ("talk", "talk_commands", "terminal")),
     *("model/grouped_dot.py", "model/placement.py", "objectives/device_rows.py"),
-    *("model/compiled.py", "model/decoding.py", "model/lora.py"),
+    *("model/attention_rows.py", "model/compiled.py", "model/decoding.py", "model/lora.py"),
     *(
         f"objectives/{name}.py"
         for name in ("conversations", "pairs", "rewards", "rollouts", "policy_objective")

@@ -7,16 +7,14 @@ Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; grouped heads: Ain
 arXiv:2305.13245.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from tinyllm_jax.errors import InputError
+from tinyllm_jax.model.attention_rows import attend_row_by_row, block_size, goes_row_by_row
 from tinyllm_jax.model.dropout import dropout
-from tinyllm_jax.model.placement import placement
 
 
 def choose_implementation(implementation: str, dtype: jnp.dtype, *, dropout_rate: float) -> str:
@@ -67,7 +65,7 @@ def attention(
     chosen = choose_implementation(implementation, query.dtype, dropout_rate=rate)
     if chosen == "reference":
         if causal and rate == 0.0 and goes_row_by_row(query):
-            return row_by_row(query, key, value, mask=mask)
+            return attend_row_by_row(query, key, value, mask)
         return reference_attention(
             query, key, value, mask=mask, causal=causal, dropout_rate=rate, dropout_key=dropout_key
         )
@@ -159,48 +157,6 @@ def reference_attention(
         block = block.reshape(batch, heads, end - start, head_dim) / total
         mixed.append(block.astype(value.dtype))
     return jnp.concatenate(mixed, axis=2).transpose(0, 2, 1, 3)
-
-
-def goes_row_by_row(query: Array) -> bool:
-    """Tell whether a loop over rows is faster: on a CPU whose program holds whole arrays.
-
-    What one row needs stays in a core's cache. A grid of devices divides the rows, which a loop over
-    them would gather.
-    """
-    return jax.default_backend() == "cpu" and placement().whole_rows and len(query) > 1
-
-
-def row_by_row(
-    query: Float[Array, "batch seq heads head_dim"],
-    key: Float[Array, "batch seq kv_heads head_dim"],
-    value: Float[Array, "batch seq kv_heads head_dim"],
-    *,
-    mask: Bool[Array, "batch seq seq"] | None,
-) -> Float[Array, "batch seq heads head_dim"]:
-    """Do the causal `reference_attention` of one row after another, forward and backward.
-
-    The backward pass computes the weights again: in a loop over rows that took 49 ms of processor time
-    where straight code that keeps them took 79 (16 rows of 256, 6 heads of 48), and 4 MB instead of 66.
-    """
-
-    def one_row(
-        row: tuple[Array, Array, Array, Array | None],
-    ) -> Float[Array, "seq heads head_dim"]:
-        own = None if row[3] is None else row[3][None]
-        query, key, value = (each[None] for each in row[:3])
-        return reference_attention(
-            query, key, value, mask=own, causal=True, dropout_rate=0.0, dropout_key=None
-        )[0]
-
-    return jax.lax.map(jax.checkpoint(one_row), (query, key, value, mask))
-
-
-def block_size(queries: int) -> int:
-    """Give the causal queries of one block: 64, and more where these would be over eight blocks.
-
-    64 was the fastest of 32 to 256 for rows of 256 and 512 on two CPU cores.
-    """
-    return 64 * max(1, math.ceil(queries / 512))
 
 
 def segment_mask(segment_ids: Int[Array, "batch seq"]) -> Bool[Array, "batch seq seq"]:

@@ -120,15 +120,17 @@ def _gated_kept(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
 
 
 def _gated_gradients(kept: tuple[Array, Array], change: Array) -> tuple[Array, Array]:
+    gate, up = kept
     wide = jnp.promote_types(change.dtype, jnp.float32)
-    gate, up, change = (each.astype(wide) for each in (*kept, change))
-    # The sigmoid in other words: XLA would find the same exponentials in the forward pass, and keep these and
-    # what they are multiplied with, which takes more time and memory than making them twice.
-    small = jnp.exp(-jnp.abs(gate))
-    sigmoid = jnp.where(gate >= 0, 1.0, small) / (1.0 + small)
-    silu = gate * sigmoid
-    of_gate = change * up * (sigmoid + silu * (1.0 - sigmoid))
-    return of_gate.astype(kept[0].dtype), (change * silu).astype(kept[1].dtype)
+    # The barriers keep XLA from finding the same exponentials in the forward pass, or for both gradients:
+    # it would keep them, which takes more time and memory than making them three times.
+    gate_again = jax.lax.optimization_barrier(gate.astype(wide))
+    gate_for_up = jax.lax.optimization_barrier(gate_again)
+    up, change = up.astype(wide), change.astype(wide)
+    sigmoid = 1.0 / (1.0 + jnp.exp(-gate_again))
+    of_gate = change * up * sigmoid * (1.0 + gate_again * (1.0 - sigmoid))
+    of_up = change * gate_for_up / (1.0 + jnp.exp(-gate_for_up))
+    return of_gate.astype(kept[0].dtype), of_up.astype(kept[1].dtype)
 
 
 _gated.defvjp(_gated_kept, _gated_gradients)

@@ -15,7 +15,8 @@ from jax.lax import Precision
 from jaxtyping import Array, Bool, Float
 
 from tinyllm_jax.config import Config
-from tinyllm_jax.model.attention import block_size, segment_mask
+from tinyllm_jax.model.attention import segment_mask
+from tinyllm_jax.model.attention_rows import block_size
 from tinyllm_jax.model.layers import compute_dtype
 from tinyllm_jax.model.placement import placement
 from tinyllm_jax.model.rope import rope_tables

@@ -1,6 +1,7 @@
 """What all tests share: strict arrays, a compilation cache, real data, and one small trained run."""
 
 import contextlib
+import functools
 import gc
 import os
 import shutil
@@ -83,15 +84,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @contextlib.contextmanager
-def compiled_plainly() -> Iterator[None]:
+def compiled_plainly(*, plainly: bool = True) -> Iterator[None]:
     """Compile without most optimizations, here and in commands: half of the time, other last bits."""
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
     jax.clear_caches()  # which do not know how a program was compiled
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(plainly)))
+        jax.config.update("jax_disable_most_optimizations", plainly)
         try:
             yield
         finally:
@@ -103,6 +104,7 @@ def compiled_plainly() -> Iterator[None]:
 def compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compile plainly for a file that says so: it compares no floats with another program's.
 
+    Single tests of such a file that do take `optimized`.
     What a file has set for the process ends with it.
     """
     import jax
@@ -112,6 +114,23 @@ def compiler(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
     # A command that trains in float64 turns it on for its process.
     jax.config.update("jax_enable_x64", wide)
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """Compile as a user's commands do, for a comparison with another program in a plain file."""
+    with compiled_plainly(plainly=False):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def measured_once() -> Iterator[None]:
+    """Measure what the CPU can do once, instead of for 0.2 s on all cores as each run begins."""
+    with pytest.MonkeyPatch.context() as patch:
+        for package in ("tinyllm_jax", "tinyllm_torch"):
+            if devices := sys.modules.get(f"{package}.training.devices"):
+                patch.setattr(devices, "measured_tflops", functools.cache(devices.measured_tflops))
+        yield
 
 
 @pytest.fixture(scope="session")

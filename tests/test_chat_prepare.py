@@ -234,6 +234,60 @@ def test_copies_fall_on_the_same_side(sentencepiece, tmp_path):
         assert sorted(found) == sorted([*{*found}] * 2)
 
 
+def test_what_asks_the_same_falls_on_the_same_side(sentencepiece, tmp_path):
+    """Of each question there are several answers, under several system prompts, as pairs too."""
+    systems = [[], [{"role": "system", "content": "Be kind."}]]
+    answered = [
+        {"messages": [*systems[n % 2], *turns(f"Tell {n % 20}?", sentence(n))]} for n in range(100)
+    ]
+    paired = [
+        {"prompt": f" Tell {n % 20}?", "chosen": sentence(n), "rejected": sentence(n + 1)}
+        for n in range(100)
+    ]
+    files = {
+        "chat": write(tmp_path / "chat.jsonl", answered),
+        "pairs": write(tmp_path / "pairs.jsonl", paired),
+    }
+    kept = {"tokenizer": sentencepiece, "progress": False}
+    pieces = prepare_conversations(make_config(files["chat"]), **kept)
+    chosen = prepare_preferences(make_config(files["pairs"]), **kept)
+    asked = prepare_prompts(make_config(files["pairs"]), **kept)
+    answer_of = {sentence(n): n % 20 for n in range(100)}
+    template = ChatTemplate(sentencepiece)
+    found: list[list[set[int]]] = [[], [], []]
+    for name in ("train", "validation"):
+        found[0].append({answer_of[text] for text in learnt(getattr(pieces, name), sentencepiece)})
+        split = getattr(chosen, name)
+        rows = split.read(range(split.pairs))
+        found[1].append(
+            {
+                answer_of[template.decode_answer(targets[mask])]
+                for targets, mask in zip(rows["chosen_targets"], rows["chosen_mask"], strict=True)
+            }
+        )
+        prompts = getattr(asked, name).prompts
+        found[2].append({int(each.messages[0].content.strip(" Tel?")) for each in prompts})
+    for train, validation in found:
+        assert train
+        assert validation
+        assert not train & validation
+    assert found[0] == found[1] == found[2]
+
+
+def test_validation_files_of_the_person_keep_their_questions_and_that_is_told(
+    sentencepiece, tmp_path, capsys
+):
+    same = {"messages": turns("Tell 3 ?", "Another one.")}
+    write(tmp_path / "a-train.jsonl", [*conversations(20), same])
+    write(tmp_path / "a-validation.jsonl", [{"messages": turns("Tell 3 ?", "This one.")}])
+    config = make_config(tmp_path / "a-train.jsonl", tmp_path / "a-validation.jsonl")
+    prepared = prepare_conversations(config, tokenizer=sentencepiece, progress=False)
+    assert prepared.train.documents == 21
+    assert sum(file["asked_in_validation"] for file in prepared.stats["files"]) == 1
+    said = capsys.readouterr().err
+    assert "1 ask what validation asks, too, with other answers" in said
+
+
 def test_bad_records_stop_or_are_counted(sentencepiece, tmp_path, capsys):
     path = write(tmp_path / "chat.jsonl", [*conversations(30), {"messages": turns("only")}])
     with pytest.raises(InputError, match=r"chat.jsonl:31: no assistant turn"):

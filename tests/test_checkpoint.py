@@ -1,5 +1,6 @@
 """Checkpoints: everything comes back bitwise, damage is noticed, and nothing half-written counts."""
 
+import _thread
 import json
 import logging
 import shutil
@@ -7,6 +8,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -262,6 +264,59 @@ def test_threads_that_a_failed_save_leaves_are_silent_and_no_others(monkeypatch,
     say_in_background(other, "of another")
     say(orbax, "of the main thread")
     assert caplog.messages == ["after a good save", "of another", "of the main thread"]
+
+
+def test_a_failed_read_silences_nothing_but_its_own_late_threads(monkeypatch, recwarn):
+    told: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: told.append(str(found.exc_value)))
+    names = ("absl", "asyncio", "concurrent.futures")
+
+    def look() -> list[Any]:
+        loggers = [logging.getLogger(name) for name in names]
+        return [sys.excepthook, *warnings.filters, *((x.level, [*x.filters]) for x in loggers)]
+
+    before = look()
+    for _ in range(3):
+        with pytest.raises(ValueError, match="nothing"), checkpoint_file._quiet_orbax(saves=False):
+            raise ValueError("nothing")
+        assert look() == before
+    hook: Any = sys.unraisablehook
+    assert not isinstance(hook._told, type(hook)), "each failure adds another"
+    late = SimpleNamespace(exc_value=RuntimeError("Event loop is closed"))
+    other = SimpleNamespace(exc_value=RuntimeError("another"))
+
+    def say(name: str, found: Any, done: threading.Event) -> None:
+        found.exc_value.args = (f"{found.exc_value} ({name})",)
+        hook(found)
+        done.set()
+
+    for found in (late, other):  # as threads of a library in C++, and of Python
+        for name, begin in (
+            ("foreign", _thread.start_new_thread),
+            ("own", lambda call, given: threading.Thread(target=call, args=given).start()),
+        ):
+            text, done = str(found.exc_value), threading.Event()
+            begin(say, (name, found, done))
+            assert done.wait(20)
+            found.exc_value.args = (text,)
+    assert told == ["Event loop is closed (own)", "another (foreign)", "another (own)"]
+
+
+def test_a_checkpoint_whose_arrays_cannot_be_read_is_refused_and_leaves_the_hooks(
+    tmp_path, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    hook, level = sys.excepthook, logging.getLogger("asyncio").level
+    folder = save(tmp_path, 1, tokenizer)
+    for path in (folder / "state/d").iterdir():
+        path.write_bytes(bytes(path.stat().st_size))
+    sums = json.loads((folder / "checksums.json").read_text())
+    sums = {name: sha256_of_file(folder / name) for name in sums}
+    (folder / "checksums.json").write_text(json.dumps(sums))
+    with pytest.raises(InputError, match="no checkpoint that this version writes"):
+        checkpoint_file.open_to_resume(folder, on_damaged=forbid)
+    assert sys.excepthook is hook
+    assert logging.getLogger("asyncio").level == level
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path, tokenizer):

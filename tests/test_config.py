@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from tinyllm_jax import train
 from tinyllm_jax.config import (
+    READ_BY,
     Config,
     ModelConfig,
     config_from_table,
@@ -25,6 +28,7 @@ from tinyllm_jax.settings import (
     setting_fields,
 )
 from tinyllm_jax.train import read_command
+from tinyllm_jax.training.start_rules import settings_of
 
 DENSE_PRESETS = {
     *("tiny", "tinystories_7m", "stories_260k", "stories_15m", "stories_42m", "stories_110m"),
@@ -218,6 +222,93 @@ def test_a_head_dim_that_is_given_need_not_divide_the_width():
     table = {"model.hidden_size": 100, "model.num_attention_heads": 6, "model.head_dim": 16}
     table["model.num_key_value_heads"] = 3
     assert build(Config, [("", table)]).model.head_dim == 16
+
+
+IN_VAIN = [
+    (
+        {"dpo.beta": "0.3"},
+        "dpo.beta says nothing to --mode pretrain: it is of --mode dpo. Use that, or leave it out.",
+    ),
+    (
+        {"dpo.beta": "0.1"},  # its default, which would be taken for heard all the same
+        "dpo.beta says nothing to --mode pretrain: it is of --mode dpo. Use that, or leave it out.",
+    ),
+    (
+        {"run.mode": "sft", "rlhf.group_size": 4},
+        "rlhf.group_size says nothing to --mode sft: it is of --mode rlhf. Use that, or leave it out.",
+    ),
+    (
+        {"run.mode": "rlhf", "rlhf.reward": "a:b", "rlhf.discount": 0.9},
+        "rlhf.discount says nothing to rlhf.algorithm=grpo: it is of --mode rlhf --rlhf.algorithm ppo. "
+        "Use that, or leave it out.",
+    ),
+    (
+        {"run.mode": "dpo", "rlhf.value_clip": 0.9},
+        "rlhf.value_clip says nothing to --mode dpo: it is of --mode rlhf --rlhf.algorithm ppo. Use "
+        "that, or leave it out.",
+    ),
+    (
+        {"chat.system": "Be kind."},
+        "chat.system says nothing to --mode pretrain: it is of --mode sft, dpo, reward or rlhf. Use one "
+        "of those, or leave it out.",
+    ),
+    (
+        {"run.mode": "sft", "tokenizer.kind": "bytelevel"},
+        "tokenizer.kind says nothing to --mode sft: it is of --mode pretrain. Use that, or leave it out.",
+    ),
+    (
+        {"run.mode": "rlhf", "rlhf.reward": "a:b", "sampling.temperature": 0.7},
+        "sampling.temperature says nothing to --mode rlhf: it is of --mode pretrain, sft, dpo or reward. "
+        "Use one of those, or leave it out.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("typed", "expected"), IN_VAIN)
+def test_a_flag_that_the_mode_never_reads_is_refused(typed, expected):
+    with pytest.raises(InputError) as caught:
+        load_config(typed.get("run.mode", "tiny").replace("pretrain", "tiny"), typed)
+    assert str(caught.value) == expected
+
+
+def test_a_key_of_a_file_of_ones_own_that_the_mode_never_reads_is_refused_by_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('[dpo]\nbeta = 0.3\n[chat]\nformat = "auto"\n[run]\nmode = "dpo"\n')
+    assert load_config(str(path)).dpo.beta == 0.3
+    with pytest.raises(InputError) as caught:
+        load_config(str(path), {"run.mode": "pretrain", "chat.system": "Be kind."})
+    lines = str(caught.value).splitlines()
+    assert [line.partition(" says")[0] for line in lines] == (
+        [f"{path}: dpo.beta", f"{path}: chat.format", "chat.system"]
+    )
+
+
+@pytest.mark.parametrize("name", [*preset_names(), str(presets_dir() / "tinystories_7m.toml")])
+def test_a_preset_may_say_what_the_mode_never_reads(name):
+    assert load_config(name, {"run.mode": "sft", "data.packing": "packed"}).run.mode == "sft"
+
+
+def test_settings_of_another_mode_that_a_checkpoint_holds_are_kept(tmp_path):
+    table = {"dpo.beta": 0.3, "chat.system": "Be kind.", "tokenizer.kind": "bytelevel"}
+    whole = build(Config, [("", table)])  # as a run folder has it
+    rest = dict.fromkeys(("weights", "moments", "tokenizer_hash", "dataset_hash"))
+    saved = SimpleNamespace(config=whole, folder=tmp_path, **rest)
+    assert settings_of(saved, {"train.max_steps": 7}, []).dpo.beta == 0.3
+    with pytest.raises(InputError, match="dpo.beta says nothing to --mode pretrain"):
+        settings_of(saved, {"train.max_steps": 7, "dpo.beta": "0.3"}, [])
+
+
+def test_training_with_a_flag_of_another_mode_ends_before_it_begins(tmp_path):
+    words = ["--config", "tiny", "--dpo.beta", "0.3", "--max-steps", "1", "--out"]
+    with pytest.raises(InputError, match="dpo.beta says nothing to --mode pretrain"):
+        train.main([*words, str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_setting_that_only_some_modes_read_is_one():
+    known = setting_fields(Config)
+    sections = {key.partition(".")[0] for key in known}
+    assert READ_BY.keys() <= known.keys() | sections
 
 
 def test_settings_cannot_be_changed_behind_the_checks():

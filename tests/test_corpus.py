@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinyllm_jax.config import DataConfig
-from tinyllm_jax.data import readers
+from tinyllm_jax.data import parquet_pages, readers
 from tinyllm_jax.data.corpus import (
     Counts,
     Part,
@@ -26,6 +26,7 @@ from tinyllm_jax.data.corpus import (
     sample_documents,
     split_of,
 )
+from tinyllm_jax.data.parquet_pages import page_sizes
 from tinyllm_jax.data.sources import find_left_out
 from tinyllm_jax.errors import InputError
 
@@ -286,6 +287,62 @@ def test_text_that_is_not_utf8_is_named_by_its_byte(tmp_path):
     texts, counts = read(config(path, on_bad_record="skip"), part_bytes=1000)
     assert texts == STORIES[:200] + STORIES[201:]
     assert (counts.documents_read, counts.bad_records) == (300, 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"data_page_version": "2.0", "compression": "zstd", "use_dictionary": False},
+        {"compression": "none", "write_page_checksum": True, "data_page_size": 200},
+        {"use_dictionary": False, "write_statistics": False, "compression": "gzip"},
+    ],
+)
+def test_sizes_of_parquet_pages_are_read_for_all_kinds_of_pages(options, tmp_path, monkeypatch):
+    texts = [*STORIES, "x" * 20_000]  # a head holds its largest text
+    path = write_parquet(tmp_path / "a.parquet", texts, row_group_size=40, **options)
+    assert read(config(path))[0] == texts
+    metadata, sizes = pq.ParquetFile(path).metadata, []
+    for group in range(metadata.num_row_groups):
+        chunk = metadata.row_group(group).column(metadata.schema.names.index("text"))
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        with open(path, "rb") as file:
+            stop = start + chunk.total_compressed_size
+            pages = [*page_sizes(file, start=start, stop=stop)]
+            sizes += pages
+        heads = chunk.total_uncompressed_size - sum(unpacked for unpacked, _ in pages)
+        assert heads == chunk.total_compressed_size - sum(packed for _, packed in pages)
+    largest = max(unpacked for unpacked, _ in sizes)
+    monkeypatch.setattr(parquet_pages, "MAX_PAGE_BYTES", largest)
+    assert read(config(path))[0] == texts
+    monkeypatch.setattr(parquet_pages, "MAX_PAGE_BYTES", largest - 1)
+    with pytest.raises(
+        InputError, match=rf"a\.parquet: row group \d.* a page that takes {largest:,}"
+    ):
+        read(config(path))
+
+
+def test_a_parquet_page_that_claims_two_gigabytes_is_refused_before_there_is_room_for_it(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", list(STORIES), use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    metadata = pq.ParquetFile(path).metadata
+    place = metadata.schema.names.index("text")
+    start = metadata.row_group(0).column(place).data_page_offset
+
+    def varint(number: int) -> bytes:
+        found = b""
+        while number > 127:
+            found, number = found + bytes([number & 127 | 128]), number >> 7
+        return found + bytes([number])
+
+    size = 2**31 - 1
+    # type 0, and the sizes; then the head of a data page: values, plain, and RLE levels.
+    crafted = b"\x15\x00\x15" + varint(2 * size) + b"\x15" + varint(2 * 20)
+    crafted += b"\x2c\x15\x02\x15\x00\x15\x06\x15\x06\x00\x00"
+    content[start : start + len(crafted)] = crafted
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.parquet: row group 0 .* takes 2,147,483,647 bytes"):
+        read(config(path))
 
 
 def test_a_parquet_row_without_text_is_named_by_its_number(tmp_path):

@@ -246,6 +246,17 @@ def test_a_slot_that_was_cancelled_does_not_disturb_the_next(engine: Engine) -> 
         assert second.ids == expected, steps
 
 
+def test_what_is_no_number_in_a_slot_does_not_reach_its_next_owner(engine: Engine) -> None:
+    """A masked position has the weight 0, and 0 times NaN is NaN."""
+    expected = [alone(engine, number) for number in range(len(PROMPTS))]
+    for value in (np.nan, np.inf):
+        spoilt = jax.tree.map(lambda x, value=value: jnp.full_like(x, value), engine._rows.cache)
+        engine._rows = engine._rows._replace(cache=spoilt)
+        answers = [Answer(engine, request(number)) for number in range(len(PROMPTS))]
+        finish(engine)
+        assert [answer.ids for answer in answers] == expected
+
+
 def test_in_bfloat16_all_rows_are_always_computed() -> None:
     """A product of another number of rows rounds otherwise, and bfloat16 shows it in the text."""
     config = changed(CONFIG, compute_dtype="bfloat16")

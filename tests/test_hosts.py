@@ -27,6 +27,8 @@ from tinyllm_jax.training.distributed import initialise
 from tinyllm_jax.training.metrics import read_metrics
 from tinyllm_jax.training.parallel import check_processes
 
+COMPILED_PLAINLY = True
+
 Layout = tuple[int, int, list[str]]  # processes, devices of each, and flags
 Event = tuple[int, int, signal.Signals]  # process, training batch, and what it gets then
 NOTHING: Event = (-1, -1, signal.SIGKILL)

@@ -46,6 +46,8 @@ from tinyllm_jax.training.checkpoint import open_checkpoint, read_checkpoint
 from tinyllm_jax.training.start_rules import SNAPSHOT
 from tinyllm_torch import train as torch_train
 
+COMPILED_PLAINLY = True
+
 LORA = {"lora.rank": 4, "lora.alpha": 8}
 MODEL = ModelConfig(
     vocab_size=64,
@@ -98,6 +100,7 @@ def test_at_the_start_a_model_with_adapters_is_the_model() -> None:
     np.testing.assert_array_equal(actual, plain_logits(MODEL, weights))
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     ("targets", "scan_layers"),
     [(ALL_PROJECTIONS, False), (ALL_PROJECTIONS, True), (("down_proj", "k_proj"), False)],
@@ -178,6 +181,7 @@ def test_every_place_has_dropout_of_its_own() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_gradients_are_those_of_the_matrix_beside_by_the_chain_rule() -> None:
     """dA = s dW B^T and dB = s A^T dW, with dW of the merged model, in float64."""
     model = dataclasses.replace(MODEL, compute_dtype="float64")
@@ -555,6 +559,7 @@ def peft_model(name: str, kind: str, dtype: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_peft_loads_adapters_and_merges_them_to_our_logits(exported: Path) -> None:
     import torch
 
@@ -587,6 +592,7 @@ def test_peft_loads_the_trained_head_of_a_reward_model(exported: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_gradients_are_those_of_peft_in_float64(exported: Path) -> None:
     import torch
 

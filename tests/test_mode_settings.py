@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SMALL_RUN
 from mode_runs import MODES, SHORT, flags_of, reproducible, write_data
 
 from tinyllm_jax import train
+from tinyllm_jax.config import READ_BY, Config, loading
+from tinyllm_jax.settings import setting_fields
 from tinyllm_jax.training import loop
 
 pytestmark = pytest.mark.slow  # the file as a whole
@@ -56,6 +59,13 @@ MODE_SETTINGS: dict[str, tuple[str, Any]] = {
     "rlhf.value_coef": ("ppo", 0.1),
     "rlhf.value_clip": ("ppo", 0.001),
 }
+# Where what other modes read is changed and must not be told.
+DEAF: dict[str, dict[str, Any]] = {
+    "pretrain": {
+        flag[2:]: value for flag, value in zip(SMALL_RUN[::2], SMALL_RUN[1::2], strict=True)
+    },
+    **{name: MODES[name] for name in ("sft", "reward", "dpo", "grpo", "ppo")},
+}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +102,36 @@ def test_a_setting_of_a_mode_changes_what_a_run_tells(name: str, told: Any) -> N
     base, changed = MODE_SETTINGS[name]
     before = {**BRIEF, **BASES[base]}
     assert told(before) != told({**before, name: changed})
+
+
+def of_other_modes(name: str) -> dict[str, Any]:
+    """Change every setting that a mode never reads to something that another would tell."""
+    ways, changed = {name} | ({"rlhf"} if name in ("grpo", "ppo") else set()), {}
+    for key, (field, kind) in setting_fields(Config).items():
+        readers = READ_BY.get(key) or READ_BY.get(key.partition(".")[0])
+        if readers is None or not ways.isdisjoint(readers):
+            continue
+        if field.metadata["choices"]:
+            changed[key] = next(c for c in field.metadata["choices"] if c != field.default)
+        elif kind is bool:
+            changed[key] = not field.default
+        elif kind is int:
+            changed[key] = field.default + 1
+        else:
+            changed[key] = "other" if kind is str else 0.99 * field.default or 0.1
+    return changed
+
+
+@pytest.mark.parametrize("name", DEAF)
+def test_what_is_refused_since_a_mode_never_reads_it_would_change_nothing(
+    name: str, told: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "named_in_vain", lambda *_: [])
+    before, changed = {**BRIEF, **DEAF[name]}, of_other_modes(name)
+    assert len(changed) > 10
+    if name == "pretrain":
+        del before["run.init_from"]
+    assert told(before) == told({**before, **changed})
 
 
 @pytest.mark.parametrize("base", ["dpo", "ppo"])

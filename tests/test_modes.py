@@ -119,6 +119,8 @@ def test_rollouts_tell_once_for_all_steps_that_learn_from_them() -> None:
         ratios = [row["ratio"] for row in rows_of(Path(name), "train")]
         # On the policy that sampled, then off it.
         assert np.abs(np.array(ratios[::2]) - 1).max() < 1e-5 < abs(ratios[1] - 1)
+    assert not any("explained_variance" in row for row in rows_of(Path("grpo"), "train"))
+    assert all(row["explained_variance"] < 1 for row in rows_of(Path("ppo"), "train"))
     assert len({row["kl_coef"] for row in rows_of(Path("grpo"), "rollout")}) == 1
     assert len({row["kl_coef"] for row in rows_of(Path("ppo"), "rollout")}) == 4
 
@@ -398,6 +400,10 @@ def test_a_reward_function_that_fails_ends_the_run_and_the_mended_one_goes_on(ca
     assert "--auto-resume" in error
     Path("mended").touch()
     assert train.main([*flags_of(settings), "--auto-resume"]) == 0
+    said, last = capsys.readouterr().err, rows_of(Path("new"), "eval")[-1]
+    assert f"step 4: validation reward {last['reward']:.4f} (ended" in said
+    assert f"Highest validation reward {last['reward']:.4f}, at step 4: new/best" in said
+    assert "validation loss" not in said
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, SMALL_RUN
@@ -33,8 +34,9 @@ from tinyllm_jax.training.layer_look import describe_activations, make_layer_loo
 from tinyllm_jax.training.metrics import MetricsFile, read_metrics
 from tinyllm_jax.training.monitor import Monitor, Trouble, robust_z
 from tinyllm_jax.training.progress import Progress, Silent
-from tinyllm_jax.training.rewind import Course, go_back, keep_left_out
+from tinyllm_jax.training.rewind import Course, go_back, keep_left_out, rows_leading_to
 from tinyllm_jax.training.step import NOTHING_FIXED, make_train_step, new_state
+from tinyllm_jax.training.step_log import StepLog
 from tinyllm_torch import train as torch_train
 from tinyllm_torch.training import loop as torch_loop
 from tinyllm_torch.training import start as torch_start
@@ -92,7 +94,41 @@ def test_a_loss_that_falls_or_is_new_to_the_run_or_is_no_number_is_no_spike():
     assert not judged([9.0, 5.0, 1.0, *FALLING, float("nan"), 2.0])[0]
     assert not judged([*FALLING, 9.0], "--monitor.spike_z", "0")[0]
     assert not judged([*FALLING, 9.0], "--monitor.spike_z", "100")[0]
-    assert not judged([1.0] * 40 + [9.0], "--monitor.spike_window", "100")[0]
+
+
+@pytest.mark.parametrize(("window", "first"), [("10", 6), ("30", 16), ("100", 21), ("1000", 21)])
+def test_spikes_are_seen_from_half_a_window_or_twenty_losses_on(window: str, first: int):
+    for before in range(1, 30):
+        found, _, _ = judged([1.0] * before + [9.0], "--monitor.spike_window", window)
+        assert bool(found) == (before + 1 >= first), before
+
+
+def test_a_loss_that_is_no_number_is_seen_from_the_first_step_on(tmp_path, capfd):
+    config = config_of("--monitor.rewinds", "1", "--train.max_nonfinite_steps", "1")
+    with (
+        Progress(first_step=0, max_steps=9) as progress,
+        MetricsFile(tmp_path / "metrics.jsonl", resume_step=0) as metrics,
+    ):
+        monitor = Monitor(config, past=[], note=progress.note)
+        log = StepLog(
+            tmp_path,
+            config=config,
+            train_batch=lambda number: {"tokens": np.full(3, number)},
+            describe_step=lambda _: {},
+            course=Course(config, past=[]),
+            monitor=monitor,
+            devices=1,
+            metrics=metrics,
+            progress=progress,
+        )
+        told = {"loss": float("nan"), "learning_rate": 0.1, "nonfinite_streak": 1}
+        told = {name: jnp.asarray([value]) for name, value in told.items()}
+        log.add(range(1, 2), told, waited_seconds=0.0)
+        log.write(leave=0)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["kind"], row["step"]) for row in rows[:2]] == [("train", 1), ("nonfinite", 1)]
+    assert "step 1: loss or gradient not finite" in capfd.readouterr().err
+    assert (monitor.trouble.first, monitor.trouble.last) == (1, 1)
 
 
 def test_a_level_that_stays_is_new_only_at_first():
@@ -545,6 +581,41 @@ def test_checkpoints_from_between_are_set_aside_and_not_gone_on_from(bad_batches
     ]
     best = read_checkpoint(Path("far/checkpoints/44")).best
     assert best["step"] == int(Path("far/best").resolve().name)
+
+
+@pytest.mark.parametrize("package", ["jax", pytest.param("torch", marks=pytest.mark.slow)])
+def test_what_a_rewind_set_aside_goes_on_as_if_there_had_been_none(package, bad_batches, capsys):
+    """A person may think that a warning was a false alarm."""
+    main = TRAINERS[package].main
+    flags = ["--monitor.rewind_batches", "20", "--checkpoint.keep", "9"]
+    assert main([*FLAGS, *flags, "--out", "far"]) == 0
+    capsys.readouterr()
+    more = ["--resume", "far/checkpoints/30.rewound.1", "--monitor.rewinds", "0", "--out", "branch"]
+    assert main(more) == 0
+    said = capsys.readouterr().err
+    assert "before the rewind to step 10, so batches 14-33 are not left out" in said
+    assert main([*FLAGS, *flags, "--monitor.rewinds", "0", "--out", "never"]) == 0
+    for name, weight in weights_of("never", 44).items():
+        np.testing.assert_array_equal(weight, weights_of("branch", 44)[name], err_msg=name)
+    rows = [
+        {row["step"]: row["loss"] for row in read_metrics(Path(run) / "metrics.jsonl")
+         if row["kind"] == "train"} for run in ("branch", "never")
+    ]  # fmt: skip
+    assert [*rows[0]] == [*range(1, 11), *range(31, 45)]
+    assert rows[0] == {step: rows[1][step] for step in rows[0]}
+    # One from after the rewind leaves out what it did, also in a new folder.
+    assert main(["--resume", "far/checkpoints/20", "--out", "other"]) == 0
+    for name, weight in weights_of("far", 44).items():
+        np.testing.assert_array_equal(weight, weights_of("other", 44)[name], err_msg=name)
+
+
+def test_a_rewind_that_a_checkpoint_comes_after_stays_with_it():
+    row = {"kind": "rewind", "step": 10, "batches": "14-33"}
+    rows = [{"kind": "train", "step": 10}, row, {"kind": "train", "step": 11}]
+    before, after = config_of(), config_of("--monitor.skip_batches", "5", "14-33")
+    assert rows_leading_to(rows, before, step=14) == (rows, "")  # learned from batch 13, the last
+    assert rows_leading_to(rows, after, step=40) == (rows, "")
+    assert rows_leading_to(rows, before, step=15)[0] == rows[:1]
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ def test_every_file_of_the_model_has_a_twin() -> None:
 def test_the_twin_imports_of_tinyllm_jax_only_what_imports_no_framework() -> None:
     allowed = ("config", "settings", "errors", "cli", "data", "evaluate", "evaluation.run")
     shared = ("loggers", "metrics", "monitor", "progress", "report", "rewind", "signals")
-    shared += ("environment", "start_rules", "step_folders", "weight_shapes")
+    shared += ("environment", "figures", "start_rules", "step_folders", "weight_shapes")
     allowed += tuple(f"training.{name}" for name in shared)
     for file in FILES:
         for node in ast.walk(tree_of("tinyllm_torch", file)):

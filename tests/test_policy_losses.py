@@ -31,6 +31,7 @@ from tinyllm_jax.config import RlhfConfig
 from tinyllm_jax.objectives import advantages as jax_advantages
 from tinyllm_jax.objectives import log_probs as jax_log_probs
 from tinyllm_jax.objectives import policy as jax_policy
+from tinyllm_jax.objectives.policy_objective import describe_values
 from tinyllm_torch.objectives import advantages as torch_advantages
 from tinyllm_torch.objectives import log_probs as torch_log_probs
 from tinyllm_torch.objectives import policy as torch_policy
@@ -312,6 +313,14 @@ def test_explained_variance_is_that_of_the_returns(package: str) -> None:
     returns, left = batch["returns"][MASK], (batch["returns"] - values)[MASK]
     expected = 1 - np.var(left) / np.var(returns)
     assert POLICY[package].explained_variance(means) == pytest.approx(expected, rel=1e-10)
+    if package == "jax":
+        names = ("return", "return_square", "value_error", "value_error_square")
+        plain = {name: float(means[name]) for name in names}
+        assert describe_values(plain) == {"explained_variance": pytest.approx(expected, rel=1e-10)}
+        alike = {"return": 0.5, "return_square": 0.25}  # as where every answer has the same reward
+        assert describe_values(plain | alike) == {}
+        del plain["value_error"]  # as of GRPO
+        assert describe_values(plain) == {}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The pages of runs in a real browser: Chromium without a window."""
 
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def pages(trained_run: Path) -> dict[str, str]:
     )
     names = [Path(name) for name in ("a", "b", "c")]
     return {
-        "full": report_of(one, goes_on=True, now=0.0),
+        "full": report_of(one, goes_on=True, now=time.time()),
         "trained": report_of(read_run(trained_run), goes_on=False, now=0.0),
         "empty": report_of(empty, goes_on=True, now=0.0),
         "comparison": comparison_of(names, [one, two, empty], now=0.0),
@@ -84,7 +85,7 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Any]:
     """Open pages; whatever the browser complains of fails the test."""
     contexts, complaints = [], []
 
-    def open_page(content: str, **options: Any) -> Any:
+    def open_page(content: str, at: float | None = None, **options: Any) -> Any:
         path = tmp_path / "page.html"
         path.write_text(content)
         context = browser.new_context(**{"viewport": {"width": 1100, "height": 800}, **options})
@@ -93,7 +94,7 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Any]:
         page.complaints = complaints
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda said: complaints.append(said.text))
-        page.clock.install()
+        page.clock.install(time=at)
         page.goto(path.as_uri())
         return page
 
@@ -162,6 +163,27 @@ def test_curves_go_over_what_the_reader_chooses_also_after_loading_anew(
         page.clock.fast_forward(30_001)
     assert shown() == ["hours"]
     assert page.evaluate("scrollY") == 300
+
+
+def test_a_page_that_nobody_writes_any_more_says_so_and_stays(opened: Any):
+    """As after SIGKILL: 4 intervals of 50 steps of 40 seconds are missed, with 5 minutes to spare."""
+    run, written = full_run("one"), 1_700_000_000.0
+    run.config.update({"train.eval_interval_steps": 50, "checkpoint.interval_steps": 100})
+    allowed = 4 * 50 * 40 + 300
+    content = report_of(run, goes_on=True, now=written)
+    for age, is_late in ((allowed - 20, False), (allowed + 2, True)):
+        page = opened(content, at=written + age)
+        assert ("Not refreshed since 2023-11-14 22:13 UTC" in page.inner_text("body")) == is_late
+        assert ("this page loads itself anew" in page.inner_text("body")) != is_late
+        page.evaluate("window.kept = 1")
+        if is_late:
+            page.clock.fast_forward(600_000)
+            page.wait_for_timeout(100)
+            assert page.evaluate("window.kept") == 1
+        else:
+            with page.expect_event("load"):
+                page.clock.fast_forward(30_001)
+            assert "Not refreshed since" in page.inner_text("body")  # by now it is too late
 
 
 def test_a_finished_run_stays_as_it_is(opened: Any, trained_run: Path):

@@ -113,10 +113,12 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "stories.jsonl").write_text("".join(lines))
     (folder / "others.jsonl").write_text("".join(lines[:40]))
     (folder / "broken.jsonl").write_text("".join([*lines, "{broken\n"]))
-    asked = {"role": "user", "content": "Go on."}
     chats = [
         {
-            "messages": [asked, {"role": "assistant", "content": text[:60]}],
+            "messages": [
+                {"role": "user", "content": f"Go on from {text[:20]}"},
+                {"role": "assistant", "content": text[:60]},
+            ],
             "instruction": text[:20],
             "output": text[:60],
         }
@@ -148,7 +150,9 @@ def rows(settings: Settings) -> Any:
 def rows_of_conversations(settings: Settings) -> Any:
     """Show every stored token of conversations."""
     tokenizer = extend_tokenizer(load_tokenizer("tokenizer.model"), CONTROL_TOKENS)
-    prepared = prepare_conversations(config_of(settings), tokenizer=tokenizer, progress=False)
+    asked = {key: value for key, value in settings.items() if key != "data.workers"}
+    config = config_of({**asked, "run.mode": "sft"})
+    prepared = prepare_conversations(config, tokenizer=tokenizer, progress=False)
     return [shard.tokens.tolist() for shard in prepared.train.shards]
 
 

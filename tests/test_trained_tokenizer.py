@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from tinyllm_jax.config import Config, DataConfig, ModelConfig, TokenizerConfig
 from tinyllm_jax.data.prepare import prepare
@@ -122,9 +126,72 @@ def test_one_from_before_there_were_checksums_is_used(config, data_folder):
     assert again(config) == path.read_bytes()
 
 
-def test_a_new_one_never_stands_beside_the_checksum_of_the_old(config, data_folder, monkeypatch):
+KILLED_WHILE_SAVING = """
+import os, sys
+from pathlib import Path
+from tinyllm_jax.data import prepare
+from tinyllm_jax.data.tokenizer import load_tokenizer
+
+old, new, folder = map(Path, sys.argv[1:])
+tokenizers = [load_tokenizer(old), load_tokenizer(new)]
+
+def after(call):
+    def counted(*given, **named):
+        after.left -= 1
+        if after.left < 0:
+            os._exit(9)
+        return call(*given, **named)
+    return counted
+
+def killed(count):
+    child = os.fork()
+    if child == 0:
+        after.left = count
+        os.replace, os.fsync, Path.unlink = map(after, (os.replace, os.fsync, Path.unlink))
+        prepare.save_trained(tokenizers[1], folder)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+count, ended = 0, 9
+while ended == 9:
+    prepare.save_trained(tokenizers[0], folder)
+    ended = killed(count)
+    assert ended in (0, 9), ended
+    found = ""
+    if prepare.is_trained(folder):
+        assert (folder / prepare.TOKENIZER_SUMS).is_file(), count
+        found = prepare.load_trained(folder).hash
+    print(count, ended, ["", *(each.hash for each in tokenizers)].index(found))
+    count += 1
+"""
+
+
+def test_one_whose_saving_is_killed_is_there_with_its_checksum_or_not_at_all(
+    config, data_folder, tmp_path
+):
+    old = trained(data_folder, config)
+    new = tmp_path / old.name
+    new.write_bytes(change_tokens(old.read_bytes()))
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_SAVING, str(old), str(new), str(tmp_path / "kept")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [tuple(map(int, line.split()[1:])) for line in done.stdout.splitlines()]
+    is_old, is_none, is_new = (found.count(each) for each in ((9, 1), (9, 0), (0, 2)))
+    assert found == [(9, 1)] * is_old + [(9, 0)] * is_none + [(0, 2)] * is_new
+    assert is_old >= 1
+    assert is_none >= 3
+    assert is_new == 1
+
+
+def test_one_whose_training_was_killed_is_trained_again(config, data_folder, monkeypatch):
     path = trained(data_folder, config)
-    path.write_bytes(change_tokens(path.read_bytes()))
+    whole = path.read_bytes()
+    path.write_bytes(change_tokens(whole))
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -134,5 +201,5 @@ def test_a_new_one_never_stands_beside_the_checksum_of_the_old(config, data_fold
         again(config, retrain=True)
     monkeypatch.undo()
     monkeypatch.setenv("TINYLLM_DATA_DIR", str(data_folder))
-    assert not (path.parent / "SHA256SUMS").exists()
-    assert again(config) == path.read_bytes()
+    assert not path.exists()
+    assert again(config) == whole == path.read_bytes()

@@ -184,7 +184,10 @@ def closest(word: str, known: Iterable[str]) -> str:
 
 
 def build(
-    cls: type[T], sources: Sequence[tuple[str, Mapping[str, Any]]], problems: Sequence[str] = ()
+    cls: type[T],
+    sources: Sequence[tuple[str, Mapping[str, Any]]],
+    problems: Sequence[str] = (),
+    more_rules: Callable[[T], list[str]] | None = None,
 ) -> T:
     """Merge sources of dotted keys, later over earlier, into one checked settings object.
 
@@ -192,6 +195,7 @@ def build(
         cls: The settings class.
         sources: Pairs of (where the values come from, values); the origin opens each message.
         problems: What was already found wrong, to be reported with the rest.
+        more_rules: Lists what is wrong besides `problems()` of the class.
 
     Raises:
         InputError: one line for each problem: unknown keys, types, ranges and, when each value by
@@ -218,7 +222,8 @@ def build(
             values[key] = value
     if not problems:
         settings = construct(cls, values)
-        problems = settings.problems()  # type: ignore[attr-defined]
+        problems = list(settings.problems())  # type: ignore[attr-defined]
+        problems += more_rules(settings) if more_rules else []
         if not problems:
             return settings
     raise InputError("\n".join(problems))

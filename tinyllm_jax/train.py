@@ -22,6 +22,7 @@ from tinyllm_jax.settings import Parser, add_flags, parse_flags
 if TYPE_CHECKING:
     from tinyllm_jax.data.asking import Asked
     from tinyllm_jax.tasks import Task
+    from tinyllm_jax.training.figures import Figure
     from tinyllm_jax.training.loop import Outcome
     from tinyllm_jax.training.parallel import Parallel
     from tinyllm_jax.training.start import Start
@@ -110,7 +111,7 @@ def main(words: Sequence[str] | None = None) -> int:
             sample=sample,
             look_first=start.initial is not None and config.run.mode != "pretrain",
         )
-    return say_how_it_ended(start, outcome)
+    return say_how_it_ended(start, outcome, objective.figure)
 
 
 def read_command(words: Sequence[str] | None) -> tuple[str | None, dict[str, Any], list[str]]:
@@ -216,7 +217,7 @@ def say_what_starts(start: "Start", task: "Task", parallel: "Parallel") -> None:
     say(f"Folder   {start.folder}\n")
 
 
-def say_how_it_ended(start: "Start", outcome: "Outcome") -> int:
+def say_how_it_ended(start: "Start", outcome: "Outcome", figure: "Figure") -> int:
     """Print where everything is and what to type next, and give the exit code."""
     folder, step = start.folder, int(outcome.state.step)
     if outcome.nonfinite:
@@ -229,8 +230,8 @@ def say_how_it_ended(start: "Start", outcome: "Outcome") -> int:
         )
         return 128 + outcome.stopped_by
     if outcome.best:
-        say(f"Finished. Lowest validation loss {outcome.best['loss']:.4f}, at step "
-            f"{outcome.best['step']}: {folder / 'best'}")  # fmt: skip
+        best = figure.say_best(outcome.best["loss"])
+        say(f"Finished. {best}, at step {outcome.best['step']}: {folder / 'best'}")
     say(f"Loss curve and samples: {folder / 'report.html'}")
     say(
         "More of what it writes:\n"

@@ -61,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
         prepared = prepare(config, progress=sys.stderr.isatty(), tokenizer=tokenizer_of(start))
         check_data(start.source, start.resumed, prepared)
         sample = make_sampler(config, prepared.tokenizer)
-        open_folder(start, prepared)
+        open_folder(start, prepared, say=say)
         structure, _ = model_structure(config.model)
         outcome = fit(
             make_pretraining(config, prepared),

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tinyllm_jax.config import Config, DataConfig
-from tinyllm_jax.data.chat import ChatCounts, Conversation, Preference, Question
+from tinyllm_jax.data.chat import USER, ChatCounts, Conversation, Preference, Question
 from tinyllm_jax.data.corpus import split_of, text_hash
 from tinyllm_jax.data.sources import TINYSTORIES, TOY, Source, find_left_out, find_sources
 from tinyllm_jax.errors import InputError
@@ -53,10 +53,12 @@ def read_sources(
 ) -> Iterator[tuple[Source, ChatCounts, Iterator[tuple[Any, str]]]]:
     """Read every file as (file, counts to fill, items with their split).
 
-    Validation files come first, so that what they hold is known and not trained on.
+    Validation files come first, so that what they hold is known and not trained on. Without such files
+    the first user turn chooses: other answers to what validation asks would give those of validation away.
     """
     data = config.data
     held_out: set[int] = set()
+    asked: set[int] = set()  # by validation files
     sources = sorted(chat_sources(data), key=lambda source: source.split != "validation")
     with tqdm(desc="preparing data", unit=" records", disable=not progress) as bar:
         for source in sources:
@@ -65,13 +67,16 @@ def read_sources(
             def items(source: Source = source, counts: ChatCounts = counts) -> Iterator[Any]:
                 for item in read(source.path, data=data, chat=config.chat, counts=counts):
                     bar.update()
-                    text = identity(item)
-                    split = source.split or split_of(text, data)
+                    prompt = first_question(item)
+                    split = source.split or split_of(prompt, data)
                     if source.split == "validation":
-                        held_out.add(text_hash(text, "split"))
-                    elif held_out and text_hash(text, "split") in held_out:
-                        counts.also_in_validation += 1
-                        continue
+                        held_out.add(text_hash(identity(item), "split"))
+                        asked.add(text_hash(prompt, "split"))
+                    elif held_out:
+                        if text_hash(identity(item), "split") in held_out:
+                            counts.also_in_validation += 1
+                            continue
+                        counts.asked_in_validation += text_hash(prompt, "split") in asked
                     yield item, split
 
             yield source, counts, items()
@@ -85,6 +90,15 @@ def identity(item: Item) -> str:
     return json.dumps(rows, ensure_ascii=False)
 
 
+def first_question(item: Item) -> str:
+    """Give the first user turn, by which items that ask the same fall on the same side.
+
+    The system prompt is none of it, since the same question may stand under several.
+    """
+    messages = item.prompt if isinstance(item, Preference) else item.messages
+    return next(message.content for message in messages if message.role == USER)
+
+
 def say_left_out(files: Sequence[dict[str, Any]], data: DataConfig) -> None:
     """Tell the person what of the data is not learnt, if anything."""
     if unread := find_left_out(data):
@@ -95,6 +109,7 @@ def say_left_out(files: Sequence[dict[str, Any]], data: DataConfig) -> None:
     said = {
         "bad_records": "broken records left out",
         "also_in_validation": "left out of training, since validation has them too",
+        "asked_in_validation": "ask what validation asks, too, with other answers",
         "too_long": f"left out, too long for {row} (the longest needs {total['longest_tokens']})",
         "cut": f"cut at a turn to fit {row} ({total['cut_turns']} turns left out)",
     }
@@ -133,8 +148,9 @@ def check_found(
                 fraction = data.validation_fraction / 2
             raise InputError(
                 f"data.validation_fraction={data.validation_fraction} of {sum(found.values())} {what}s "
-                f"leaves none for the {name} split. Use --data.validation_fraction {fraction:.2g}, "
-                "give --data.validation_paths, or give more data."
+                f"leaves none for the {name} split, since those with the same first user turn stay "
+                f"together. Use --data.validation_fraction {fraction:.2g}, give "
+                "--data.validation_paths, or give more data."
             )
         fits = f"; --data.sequence_length {total['longest_tokens']} takes the longest"
         raise InputError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tinyllm_jax.data.parquet_pages import LargePage, NoPage, check_pages
 from tinyllm_jax.errors import InputError
 
 # Text of one batch, as far as the file's own averages tell.
@@ -76,12 +77,45 @@ def row_groups(path: str, column: str) -> list[RowGroup]:
     """
     with open_parquet(path, column) as file:
         metadata = file.metadata
-        place = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
+        place = column_place(metadata, column)
         groups = (metadata.row_group(index) for index in range(metadata.num_row_groups))
         return [
             RowGroup(group.num_rows, group.column(place).total_uncompressed_size)
             for group in groups
         ]
+
+
+def check_sizes(path: str, column: str, *, start: int, stop: int) -> None:
+    """Refuse row groups in [start, stop) whose pages would take too much memory.
+
+    Raises:
+        InputError: names the row group and the size.
+    """
+    with open_parquet(path, column) as file, open(path, "rb") as content:
+        metadata = file.metadata
+        place = column_place(metadata, column)
+        for index in range(start, min(stop, metadata.num_row_groups)):
+            chunk = metadata.row_group(index).column(place)
+            begins = [chunk.data_page_offset]
+            if chunk.has_dictionary_page and chunk.dictionary_page_offset:
+                begins.append(chunk.dictionary_page_offset)
+            first = min(begins)
+            try:
+                check_pages(content, start=first, stop=first + chunk.total_compressed_size)
+            except LargePage as error:
+                raise InputError(
+                    f"{path}: row group {index} has in column {column!r} {error}."
+                ) from None
+            except NoPage:
+                raise InputError(
+                    f"{path}: not parquet, or damaged (in row group {index}, column {column!r}, there "
+                    "is no page where one begins). Get or write the file again."
+                ) from None
+
+
+def column_place(metadata: pq.FileMetaData, column: str) -> int:
+    """Find a column among those that the file stores."""
+    return [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
 
 
 def read_parquet(
@@ -98,6 +132,7 @@ def read_parquet(
         on_bad: Called for a row that holds no text; when it returns, the row is left out.
     """
     groups = row_groups(path, column)
+    check_sizes(path, column, start=start, stop=stop)
     row = sum(group.rows for group in groups[:start])
     chosen = groups[start:stop]
     rows = sum(group.rows for group in chosen)

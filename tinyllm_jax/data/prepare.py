@@ -246,11 +246,12 @@ def get_tokenizer(
 
 
 def save_trained(tokenizer: Tokenizer, folder: Path) -> None:
-    """Keep a tokenizer and then its checksum, never beside the checksum of another."""
-    (folder / TOKENIZER_SUMS).unlink(missing_ok=True)
-    tokenizer.save(folder)
+    """Keep a tokenizer and, before it, its checksum, so that a kill leaves none without its own."""
+    for name in FILE_NAMES:
+        (folder / name).unlink(missing_ok=True)
     line = f"{tokenizer.hash}  {tokenizer.file_name}\n"
     write_file(folder / TOKENIZER_SUMS, line.encode())
+    tokenizer.save(folder)
 
 
 def load_trained(folder: Path) -> Tokenizer:

@@ -56,7 +56,7 @@ from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.errors import InputError
 
 # Part of every key: raise it when the same input gives other rows than before.
-FORMAT = 1
+FORMAT = 2
 PairRows = dict[str, np.ndarray]
 
 

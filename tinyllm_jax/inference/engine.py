@@ -428,6 +428,8 @@ def _read_chunk(
     room = rows.cache[0].slots()
     positions = jnp.where(number < count, start + number, room)[None]
     own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, 0), rows.cache)
+    # What an earlier request left is masked, but a NaN times a weight of 0 would still be a NaN.
+    own = jax.tree.map(lambda x: jnp.where(start == 0, jnp.zeros_like(x), x), own)
     own = model.hidden(chunk, positions, cache=own).cache
     cache = jax.tree.map(
         lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, slot, 0), rows.cache, own

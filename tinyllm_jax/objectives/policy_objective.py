@@ -10,10 +10,15 @@ from tinyllm_jax.data.prepare_prompts import PromptData
 from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.model.weights import Weights
-from tinyllm_jax.objectives.policy import make_policy_loss, make_policy_weight
+from tinyllm_jax.objectives.policy import (
+    explained_variance,
+    make_policy_loss,
+    make_policy_weight,
+)
 from tinyllm_jax.objectives.rewards import Reward, load_reward_function, make_reward_model
 from tinyllm_jax.objectives.rollouts import Rollouts
 from tinyllm_jax.training.checkpoint import open_checkpoint
+from tinyllm_jax.training.figures import REWARD
 from tinyllm_jax.training.loop import HostBatch, Objective
 
 
@@ -33,11 +38,20 @@ def make_policy_objective(
         train_batch=_depends_on_weights,
         evaluation_batches=_no_batches,
         describe_loss=lambda _: {},
-        shown=("reward", "ended_share", "answer_tokens"),
+        shown=("ended_share", "answer_tokens"),
         rollouts=Rollouts(
             config, data, template=template, reward=reward, reference=reference, past=past
         ),
+        figure=REWARD,
+        describe_step=describe_values,
     )
+
+
+def describe_values(told: Mapping[str, Any]) -> dict[str, float]:
+    """Say how well a step's value function knows its returns; where all are equal, nothing."""
+    if "value_error" not in told or told["return_square"] <= told["return"] ** 2:
+        return {}
+    return {"explained_variance": explained_variance(told)}
 
 
 def _depends_on_weights(number: int) -> HostBatch:

@@ -16,6 +16,7 @@ during a save leaves the earlier checkpoints and nothing that looks like a new o
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import json
 import logging
@@ -54,10 +55,11 @@ from tinyllm_jax.training.weight_shapes import check_weights, trained_shapes
 FORMAT = 1
 # Orbax keeps a data file in memory until it has this size; by default 2 GB, a second checkpoint.
 DATA_FILE_BYTES = 1 << 24
-# What a task of Orbax says that outlives the failure of another.
+# Where its tasks complain, and what one says that outlives the failure of another.
+_LIBRARIES_OF_ORBAX = ("asyncio", "concurrent.futures")
 _CLOSED_LOOP = "Event loop is closed"
 _NOT_BEGUN = (
-    r"coroutine '(\w*CheckpointHandler\.\w+|_async_serialize\w*|"
+    r"coroutine '(\w*Handler\.\w+|_async_serialize\w*|"
     r"\S*_coro_with_registration)' was never awaited"
 )
 NO_MOMENTS: Any = Moments(np.int32(0), {}, {})  # type: ignore[arg-type]
@@ -328,10 +330,12 @@ def _quiet_orbax(*, saves: bool) -> Iterator[None]:
     """Keep Orbax's lines and tracebacks off the terminal; its errors are raised, and told once.
 
     After an error its other tasks go on complaining when they end or are collected, at whatever moment.
+    A save that fails ends the run, and they stay quiet for good; of a read, only threads of TensorStore.
     """
-    hooks, libraries = (sys.excepthook, sys.unraisablehook), ("asyncio", "concurrent.futures")
-    logger = logging.getLogger("absl")
-    level = logger.level
+    hooks = sys.excepthook, sys.unraisablehook
+    logger, *others = (logging.getLogger(name) for name in ("absl", *_LIBRARIES_OF_ORBAX))
+    level, *levels = (each.level for each in (logger, *others))
+    failed = False
     logger.setLevel(logging.CRITICAL + 1)
 
     def tell_exception(kind: Any, error: BaseException, trace: Any) -> None:
@@ -344,19 +348,47 @@ def _quiet_orbax(*, saves: bool) -> Iterator[None]:
 
     # TensorStore's threads print what they cannot hand to a task through these.
     sys.excepthook, sys.unraisablehook = tell_exception, tell_unraisable
+    filters = contextlib.nullcontext() if saves else warnings.catch_warnings()
     try:
-        yield
-    except BaseException:
-        for library in libraries:
-            logging.getLogger(library).setLevel(logging.CRITICAL)
-        if saves:
-            logger.addFilter(_is_no_leftover)
-            warnings.filterwarnings("ignore", message=_NOT_BEGUN, category=RuntimeWarning)
-        raise
-    else:
-        sys.excepthook, sys.unraisablehook = hooks
+        with filters:
+            if not saves:
+                warnings.filterwarnings("ignore", message=_NOT_BEGUN, category=RuntimeWarning)
+            try:
+                yield
+            except BaseException:
+                failed = True
+                for library in others:
+                    library.setLevel(logging.CRITICAL)
+                if saves:
+                    logger.addFilter(_is_no_leftover)
+                    warnings.filterwarnings("ignore", message=_NOT_BEGUN, category=RuntimeWarning)
+                else:
+                    gc.collect()  # what complains when it is collected does so now
+                raise
     finally:
         logger.setLevel(level)
+        if not (failed and saves):
+            sys.excepthook, sys.unraisablehook = hooks
+            for library, before in zip(others, levels, strict=True):
+                library.setLevel(before)
+        if failed and not saves and not isinstance(sys.unraisablehook, _TellAllButLateReads):
+            sys.unraisablehook = _TellAllButLateReads(sys.unraisablehook)
+
+
+class _TellAllButLateReads:
+    """A hook that passes on all but what threads of TensorStore say of a loop that has ended.
+
+    Reads that the failure of another has left without a task were seen to end a second later. Errors of
+    threads that Python began are told, whatever they say.
+    """
+
+    def __init__(self, told: Callable[[Any], Any]):
+        self._told = told
+
+    def __call__(self, found: Any) -> None:
+        of_python = not isinstance(threading.current_thread(), threading._DummyThread)
+        if of_python or _CLOSED_LOOP not in str(found.exc_value):
+            self._told(found)
 
 
 def _is_no_leftover(record: logging.LogRecord) -> bool:

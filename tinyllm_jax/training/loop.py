@@ -4,7 +4,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -21,6 +21,7 @@ from tinyllm_jax.model.weights import Weights
 from tinyllm_jax.training.adapters import make_whole, trained_structure
 from tinyllm_jax.training.checkpoint import read_checkpoint, save_checkpoint
 from tinyllm_jax.training.distributed import Hosts, hosts, stop_together
+from tinyllm_jax.training.figures import LOSS, Figure
 from tinyllm_jax.training.layer_look import is_layer_look, make_layer_look
 from tinyllm_jax.training.loggers import open_loggers
 from tinyllm_jax.training.metrics import MetricsFile
@@ -62,6 +63,9 @@ class Objective:
     shown: tuple[str, ...] = ()  # what else an evaluation tells a person
     corpus: "DeviceCorpus | None" = None  # where the device reads the rows of training batches
     rollouts: "Rollouts | None" = None  # what makes batches and evaluations with the live weights
+    figure: Figure = LOSS  # what evaluations are judged by
+    # What follows from the numbers that a step told.
+    describe_step: Callable[[Mapping[str, Any]], dict[str, float]] = lambda _: {}
 
 
 @runtime_checkable
@@ -199,6 +203,7 @@ def fit(
             notes,
             config=config,
             train_batch=feed.host_batch,
+            describe_step=objective.describe_step,
             course=feed.course,
             monitor=monitor,
             devices=parallel.devices,
@@ -388,7 +393,8 @@ class _Looks:
                 {"kind": "sample", "step": step, "text": text},
             ]
         )
-        self._progress.show_evaluation(step=step, loss=loss, described=described, text=text)
+        figure = self._objective.figure.say(loss)
+        self._progress.show_evaluation(step=step, figure=figure, described=described, text=text)
         if not math.isfinite(loss) or (self.best is not None and loss >= self.best["loss"]):
             return False
         self.best = {"step": step, "loss": loss}

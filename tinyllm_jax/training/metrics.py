@@ -43,6 +43,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def write_metrics(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a whole file of rows."""
+    write_file(path, "".join(map(_line, rows)).encode())
+
+
 def _is_row(row: Any) -> bool:
     return (
         isinstance(row, dict)
@@ -81,7 +86,7 @@ class MetricsFile:
             for row in read_metrics(self._path)
             if row["step"] <= step or row["kind"] == "rewind"
         ]
-        write_file(self._path, "".join(map(_line, rows)).encode())
+        write_metrics(self._path, rows)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
 
     def rows(self) -> list[dict[str, Any]]:

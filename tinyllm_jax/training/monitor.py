@@ -20,6 +20,9 @@ DEVIATIONS = 1.4826
 # The spread of losses is taken to be this share of them at least: where they hardly differ from step to
 # step, the deviation is a matter of chance.
 LEAST_SPREAD = 0.01
+# From so many losses on their spread says something: of normally distributed ones, 3 in 100,000 are then
+# told as spikes at a z of 8; from 10 on it would be 8 in 10,000, and from 5 on one in 70.
+ENOUGH_LOSSES = 20
 # From here on a layer's number is told. A softmax over logits that far apart sees one token, with a
 # gradient of 0; to a residual stream of a thousand, in bfloat16 and its three digits, nothing below two
 # can be added; an update of a good run is about a thousandth of the weights, and of its first steps a
@@ -82,7 +85,7 @@ class Monitor:
             return []
         before = [*self._losses]
         self._losses.append(loss)
-        if len(before) < self._settings.spike_window // 2:
+        if len(before) < min(self._settings.spike_window // 2, ENOUGH_LOSSES):
             return []
         usual, z = robust_z(loss, before)
         if z < self._settings.spike_z:

@@ -57,11 +57,15 @@ class Progress:
         tqdm.write(text, file=sys.stderr)
 
     def show_evaluation(
-        self, *, step: int, loss: float, described: Mapping[str, float], text: str
+        self, *, step: int, figure: str, described: Mapping[str, float], text: str
     ) -> None:
-        """Print a validation loss, other ways to say it, and a sample of what the model writes."""
+        """Print what an evaluation found, other ways to say it, and what the model writes.
+
+        Args:
+            figure: The number that it is judged by, with its name.
+        """
         details = ", ".join(say_number(name, value) for name, value in described.items())
-        self.note(f"step {step}: validation loss {loss:.4f} ({details})\n  {text}\n")
+        self.note(f"step {step}: {figure} ({details})\n  {text}\n")
 
     def __enter__(self) -> "Progress":
         return self

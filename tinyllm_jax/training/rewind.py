@@ -86,6 +86,33 @@ def keep_left_out(config: Config, earlier: Config, *, step: int) -> Config:
     return config
 
 
+def rows_leading_to(
+    rows: list[dict[str, Any]], earlier: Config, *, step: int
+) -> tuple[list[dict[str, Any]], str]:
+    """Give the rows of metrics that a checkpoint comes from, and what to say where some do not.
+
+    One that a rewind has set aside has learned from batches which that rewind left out. With the row that
+    tells of it, those would be left out once more, and as many others be missing.
+
+    Args:
+        rows: Of the checkpoint's run, as it went on.
+        earlier: The checkpoint's settings.
+        step: Of the checkpoint.
+    """
+    newest = Course(earlier, past=[]).batch(step)
+    known = [*earlier.monitor.skip_batches]
+    for place, row in enumerate(rows):
+        if row["kind"] != "rewind":
+            continue
+        first, _ = merge_spans([row["batches"]])[0]
+        if first <= newest and merge_spans([*known, row["batches"]]) != merge_spans(known):
+            return rows[:place], (
+                f"The checkpoint of step {step} is from before the rewind to step {row['step']}, so batches "
+                f"{row['batches']} are not left out; what metrics said of the steps between is gone."
+            )
+    return rows, ""
+
+
 def go_back(
     folder: Path,
     config: Config,

@@ -37,10 +37,11 @@ from tinyllm_jax.training.checkpoint import (
 )
 from tinyllm_jax.training.distributed import Hosts
 from tinyllm_jax.training.environment import add_start, read_starts
+from tinyllm_jax.training.metrics import read_metrics, write_metrics
 from tinyllm_jax.training.optim import has_second_moment
 from tinyllm_jax.training.parallel import Parallel
 from tinyllm_jax.training.restored_state import restored_state
-from tinyllm_jax.training.rewind import keep_left_out, still_there
+from tinyllm_jax.training.rewind import keep_left_out, rows_leading_to, still_there
 from tinyllm_jax.training.start_rules import (
     SNAPSHOT,
     changes,
@@ -325,17 +326,22 @@ def check_folder(folder: Path) -> None:
 def open_folder(start: Start, prepared: RunData, *, say: Callable[[str], None]) -> None:
     """Make the run folder ready: an older run is set aside, a resumed one goes on."""
     folder, resumed = start.folder, start.resumed
-    metrics, starts = b"", []
+    metrics, remark, starts = [], "", []
     if resumed and resumed.folder.parent.name == "checkpoints":
         starts = read_starts(resumed.folder.parents[1])
-    if resumed and is_run_of(resumed, folder):
+        metrics, remark = rows_leading_to(
+            read_metrics(resumed.folder.parents[1] / "metrics.jsonl"),
+            resumed.config,
+            step=resumed.step,
+        )
+    if remark:
+        say(remark)
+    goes_on = resumed is not None and is_run_of(resumed, folder)
+    if resumed and goes_on:
         for step, path in step_folders(folder):
             if step > resumed.step:  # damaged, or check_resume would have refused
                 path.rename(free_name(path.with_name(f"{step}.damaged")))
     else:
-        if resumed and resumed.folder.parent.name == "checkpoints":
-            path = resumed.folder.parents[1] / "metrics.jsonl"
-            metrics = path.read_bytes() if path.is_file() else b""
         if is_run(folder):
             aside = free_name(folder)
             folder.rename(aside)
@@ -347,8 +353,8 @@ def open_folder(start: Start, prepared: RunData, *, say: Callable[[str], None]) 
     stats = json.dumps(prepared.stats, indent=1)
     write_file(folder / "dataset_stats.json", stats.encode())
     prepared.tokenizer.save(folder)
-    if metrics:
-        write_file(folder / "metrics.jsonl", metrics)
+    if metrics and (remark or not goes_on):
+        write_metrics(folder / "metrics.jsonl", metrics)
     add_start(
         folder,
         earlier=starts,

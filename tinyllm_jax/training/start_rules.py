@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from tinyllm_jax.config import Config, config_to_table
+from tinyllm_jax.config import Config, config_to_table, merge_settings
 from tinyllm_jax.data.tokenizer import Tokenizer, check_tokenizer_hash
 from tinyllm_jax.errors import InputError
-from tinyllm_jax.settings import build, flatten
+from tinyllm_jax.settings import flatten
 
 SNAPSHOT = "training_config_snapshot.json"
 # Settings of the model that its weights do not depend on: any run may change them...
@@ -69,7 +69,7 @@ def settings_of(checkpoint: Saved, overrides: Mapping[str, Any], problems: Seque
     kept = {
         key: value for key, value in kept.items() if key == "run.mode" or not key.startswith(once)
     }
-    return build(Config, [(str(checkpoint.folder), kept), ("", overrides)], problems)
+    return merge_settings([(str(checkpoint.folder), kept)], [("", overrides)], problems)
 
 
 def changes(checkpoint: Saved, config: Config) -> dict[str, tuple[Any, Any]]:

@@ -27,6 +27,7 @@ class StepLog:
     Args:
         folder: The run folder.
         train_batch: Gives a batch again, to be kept where its numbers are not finite.
+        describe_step: Gives what follows from the numbers of a step.
         course: Tells which batch a step took.
         monitor: Judges the rows.
         devices: How many compute the steps.
@@ -40,6 +41,7 @@ class StepLog:
         *,
         config: Config,
         train_batch: Callable[[int], dict[str, np.ndarray]],
+        describe_step: Callable[[Mapping[str, Any]], dict[str, float]],
         course: Course,
         monitor: Monitor,
         devices: int,
@@ -48,7 +50,7 @@ class StepLog:
     ):
         self._folder, self._config, self._train_batch = folder, config, train_batch
         self._metrics, self._progress = metrics, progress
-        self._course, self._monitor = course, monitor
+        self._describe_step, self._course, self._monitor = describe_step, course, monitor
         self._peak_flops = peak_flops(devices=devices)
         self.forget()
 
@@ -114,6 +116,7 @@ class StepLog:
             streak = int(plain.pop("nonfinite_streak"))
             self.longest_streak = max(self.longest_streak, streak)
             is_skipped = streak > 0
+            plain |= self._describe_step(plain)
             last = {"kind": "train", "step": step, **plain, "skipped": is_skipped}
             rows.append(last)
             if is_skipped:

@@ -15,6 +15,7 @@ import torch
 from tinyllm_jax.config import Config
 from tinyllm_jax.data.batches import prefetch
 from tinyllm_jax.data.tokenizer import Tokenizer
+from tinyllm_jax.training.figures import LOSS
 from tinyllm_jax.training.loggers import open_loggers
 from tinyllm_jax.training.metrics import MetricsFile
 from tinyllm_jax.training.monitor import Monitor
@@ -145,7 +146,8 @@ def fit(
                     {"kind": "sample", "step": step, "text": text},
                 ]
             )
-            progress.show_evaluation(step=step, loss=loss, described=described, text=text)
+            figure = LOSS.say(loss)
+            progress.show_evaluation(step=step, figure=figure, described=described, text=text)
             if not math.isfinite(loss) or (best is not None and loss >= best["loss"]):
                 return False
             best = {"step": step, "loss": loss}

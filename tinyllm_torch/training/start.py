@@ -14,7 +14,8 @@ from tinyllm_jax.data.files import write_file
 from tinyllm_jax.data.prepare import PreparedData
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.training.environment import add_start, read_starts
-from tinyllm_jax.training.rewind import keep_left_out, still_there
+from tinyllm_jax.training.metrics import read_metrics, write_metrics
+from tinyllm_jax.training.rewind import keep_left_out, rows_leading_to, still_there
 from tinyllm_jax.training.start_rules import (
     SNAPSHOT,
     changes,
@@ -133,14 +134,17 @@ def check_folder(start: Start) -> None:
         )
 
 
-def open_folder(start: Start, prepared: PreparedData) -> None:
+def open_folder(start: Start, prepared: PreparedData, *, say: Callable[[str], None]) -> None:
     """Make the run folder ready."""
     folder, resumed = start.folder, start.resumed
     folder.mkdir(parents=True, exist_ok=True)
-    if resumed and not is_run_of(resumed, folder):
-        metrics = resumed.folder.parents[1] / "metrics.jsonl"
-        if resumed.folder.parent.name == "checkpoints" and metrics.is_file():
-            write_file(folder / "metrics.jsonl", metrics.read_bytes())
+    if resumed and resumed.folder.parent.name == "checkpoints":
+        rows = read_metrics(resumed.folder.parents[1] / "metrics.jsonl")
+        rows, remark = rows_leading_to(rows, resumed.config, step=resumed.step)
+        if rows and (remark or not is_run_of(resumed, folder)):
+            write_metrics(folder / "metrics.jsonl", rows)
+        if remark:
+            say(remark)
     prepared.tokenizer.save(folder)
     stats = json.dumps(prepared.stats, indent=1)
     write_file(folder / "dataset_stats.json", stats.encode())

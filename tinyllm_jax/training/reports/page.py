@@ -11,8 +11,13 @@ from typing import Any
 REFRESH_SECONDS = 30
 # No script runs in the page, whatever a model writes into it, but the one of these letters.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
-# By itself `refresh` would forget what the reader chose, or, where the address names it, do nothing.
-RELOAD = f"setTimeout(() => location.reload(), {1000 * REFRESH_SECONDS})"
+# By itself `refresh` would forget what the reader chose, or, where the address names it, do nothing. A page
+# that nobody has written anew for so long is of a run that was killed; it says so and stays.
+RELOAD = f"""addEventListener("DOMContentLoaded", () => {{
+  const note = document.getElementById("written"), until = note.dataset.until;
+  if (Date.now() > 1000 * until) note.textContent = note.dataset.late;
+  else setTimeout(() => location.reload(), {1000 * REFRESH_SECONDS});
+}})"""
 RELOAD_HASH = base64.b64encode(hashlib.sha256(RELOAD.encode()).digest()).decode()
 REFRESH = (
     f"<script>{RELOAD}</script>\n<noscript>"

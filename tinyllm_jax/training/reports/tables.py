@@ -16,6 +16,10 @@ from tinyllm_jax.training.reports.run import WARNINGS, Row, Run, is_finite
 # How many warnings and samples are shown at once; more of them fold away, and of very many some.
 SHOWN, MOST_WARNINGS, MOST_SAMPLES, MOST_FILES = 3, 60, 24, 100
 
+# A run is given up where so many times in a row its page was not written anew, and some seconds for an
+# evaluation or a step that is slow. Nothing is known of its speed at first, when it compiles.
+MISSED, SPARE_SECONDS, LONGEST_START = 4, 300.0, 3600.0
+
 
 def summarise(rows: Sequence[Row]) -> str:
     """Say the newest numbers in one sentence."""
@@ -62,9 +66,31 @@ def status(run: Run, *, goes_on: bool, now: float) -> str:
     whole = run.max_steps
     state = "Training" if goes_on else "Finished" if run.step >= whole else "Stopped"
     text = f"{state} at step {run.step:,} of {whole:,}, mode {run.mode}."
-    written = f"Written {written_at(now)}"
-    written += "; this page loads itself anew while training goes on." if goes_on else "."
-    return f'<p>{html.escape(text)} <span class="soft">{written}</span></p>'
+    written, marks = f"Written {written_at(now)}.", ""
+    if goes_on:
+        written = f"{written[:-1]}; this page loads itself anew while training goes on."
+        late = (
+            f"Not refreshed since {written_at(now)}: training has ended without a word, or is slow."
+        )
+        late += " Load the page again to look."
+        marks = f' id="written" data-until="{now + patience(run):.0f}" data-late="{late}"'
+    return f'<p>{html.escape(text)} <span class="soft"{marks}>{written}</span></p>'
+
+
+def patience(run: Run) -> float:
+    """Give the seconds after which the page of a run in training must have been written anew.
+
+    It is, at every evaluation and checkpoint.
+    """
+    names = ("train.eval_interval_steps", "checkpoint.interval_steps")
+    intervals = [run.config[name] for name in names if is_finite(run.config.get(name))]
+    if run.clock is None or not intervals:
+        return LONGEST_START
+    steps, seconds = run.clock
+    done = steps[-1] - steps[0]
+    if done <= 0:
+        return LONGEST_START
+    return SPARE_SECONDS + MISSED * min(intervals) * float(seconds[-1] - seconds[0]) / float(done)
 
 
 def key_numbers(run: Run) -> str:

@@ -271,16 +271,26 @@ def test_a_flag_that_the_mode_never_reads_is_refused(typed, expected):
     assert str(caught.value) == expected
 
 
-def test_a_key_of_a_file_of_ones_own_that_the_mode_never_reads_is_refused_by_file(tmp_path):
+def test_a_file_for_one_mode_that_says_what_it_never_reads_is_refused_by_name(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('[dpo]\nbeta = 0.3\n[chat]\nformat = "auto"\n[run]\nmode = "dpo"\n')
     assert load_config(str(path)).dpo.beta == 0.3
+    path.write_text(path.read_text().replace('"dpo"', '"pretrain"'))
     with pytest.raises(InputError) as caught:
-        load_config(str(path), {"run.mode": "pretrain", "chat.system": "Be kind."})
+        load_config(str(path), {"chat.system": "Be kind."})
     lines = str(caught.value).splitlines()
     assert [line.partition(" says")[0] for line in lines] == (
         [f"{path}: dpo.beta", f"{path}: chat.format", "chat.system"]
     )
+
+
+@pytest.mark.parametrize("own", ["", '[run]\nmode = "pretrain"\n'])
+def test_one_file_may_serve_the_runs_of_several_modes(own, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('[dpo]\nbeta = 0.3\n[tokenizer]\nkind = "bytelevel"\n' + own)
+    assert load_config(str(path), {"run.mode": "dpo"}).dpo.beta == 0.3
+    with pytest.raises(InputError, match="rlhf.group_size says nothing to --mode dpo"):
+        load_config(str(path), {"run.mode": "dpo", "rlhf.group_size": 4})
 
 
 @pytest.mark.parametrize("name", [*preset_names(), str(presets_dir() / "tinystories_7m.toml")])

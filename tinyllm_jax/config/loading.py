@@ -68,7 +68,7 @@ def merge_settings(
 
     Args:
         taken_over: Pairs of (where the values come from, values), which may hold settings of any mode.
-        named: Such pairs of flags and files of one's own; what the mode never reads is refused.
+        named: Such pairs of flags, and of files for this mode; what the mode never reads is refused.
 
     Raises:
         InputError: every problem found, one a line.
@@ -93,9 +93,18 @@ def load_config(
         InputError: every problem found, one a line.
     """
     preset, flags = read_preset(name), ("", overrides or {})
-    if is_preset(name):
+    if is_preset(name) or not is_for_one_mode(preset[1], flags[1]):
         return merge_settings([below, preset], [flags], problems)
     return merge_settings([below], [preset, flags], problems)
+
+
+def is_for_one_mode(table: Mapping[str, Any], flags: Mapping[str, Any]) -> bool:
+    """Tell whether a file of one's own is for the mode of this run alone, as it says itself.
+
+    One that names no mode, or another than the flags, may serve several runs, one after the other.
+    """
+    mode = table.get("run.mode")
+    return mode is not None and flags.get("run.mode", mode) == mode
 
 
 def config_from_table(table: Mapping[str, Any], *, origin: str) -> Config:

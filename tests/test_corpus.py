@@ -345,6 +345,15 @@ def test_a_parquet_page_that_claims_two_gigabytes_is_refused_before_there_is_roo
         read(config(path))
 
 
+@pytest.mark.parametrize("use_dictionary", [True, False])
+def test_parquet_row_groups_without_rows_are_no_damage(use_dictionary, tmp_path):
+    path, table = tmp_path / "a.parquet", pa.table({"text": list(STORIES)})
+    with pq.ParquetWriter(path, table.schema, use_dictionary=use_dictionary) as writer:
+        for part in (table.slice(0, 0), table.slice(0, 7), table.slice(0, 0), table.slice(7)):
+            writer.write_table(part)
+    assert read(config(path))[0] == list(STORIES)
+
+
 def test_a_parquet_row_without_text_is_named_by_its_number(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [*STORIES[:29], None], row_group_size=4)
     with pytest.raises(InputError, match=r"a\.parquet: row 30: column 'text' holds no value"):

@@ -35,6 +35,15 @@ def test_a_trained_run_is_shown_with_its_own_settings(capsys, trained_run: Path)
     assert "untrained" not in printed
 
 
+def test_a_continuation_may_be_sampled_in_other_ways_than_the_runs_of_a_mode(trained_run: Path):
+    """Answers that are learnt from are always sampled at temperature 1."""
+    words = ["--checkpoint", str(trained_run), "--mode", "rlhf", "--rlhf.reward", "a:b"]
+    start = inspect.read_command([*words, "--temperature", "0.3"])
+    assert (start.config.run.mode, start.config.sampling.temperature) == ("rlhf", 0.3)
+    with pytest.raises(InputError, match="sampling.temperature=-1"):
+        inspect.read_command([*words, "--temperature", "-1"])
+
+
 def test_settings_that_do_not_fit_the_checkpoint_are_refused(trained_run: Path):
     with pytest.raises(InputError, match="model.hidden_size=32 .this run has 64."):
         inspect.main(["--checkpoint", str(trained_run), "--model.hidden_size", "64"])

@@ -22,6 +22,8 @@ from tinyllm_jax import train
 from tinyllm_jax.config import Config, load_config
 from tinyllm_jax.data.batches import Batches
 from tinyllm_jax.data.files import sha256_of_file
+from tinyllm_jax.data.prepare import PreparedData
+from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.model import transformer
 from tinyllm_jax.model.attention import segment_mask
@@ -607,6 +609,37 @@ def test_what_a_rewind_set_aside_goes_on_as_if_there_had_been_none(package, bad_
     assert main(["--resume", "far/checkpoints/20", "--out", "other"]) == 0
     for name, weight in weights_of("far", 44).items():
         np.testing.assert_array_equal(weight, weights_of("other", 44)[name], err_msg=name)
+
+
+def some(cls: type, **fields: Any) -> Any:
+    """Make an object of which only some fields are looked at."""
+    made = object.__new__(cls)
+    for name, value in fields.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+@pytest.mark.parametrize("package", [start, torch_start])
+def test_a_rewind_to_the_first_step_is_forgotten_by_what_it_set_aside(package, tmp_path):
+    """Nothing is left of metrics then, and an empty file must replace the old one."""
+    config = config_of()
+    path = tmp_path / "run" / "checkpoints" / "30.rewound.1"
+    path.mkdir(parents=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    rewind = {"kind": "rewind", "step": 0, "first_step": 15, "batches": "12-31", "number": 1}
+    metrics.write_text(
+        "".join(json.dumps(row) + "\n" for row in (rewind, {"kind": "train", "step": 1}))
+    )
+    rest = dict.fromkeys([field.name for field in dataclasses.fields(package.Checkpoint)])
+    resumed = some(package.Checkpoint, **rest | {"folder": path, "step": 30, "config": config})
+    nothing = {"stats": {}, "tokenizer": some(Tokenizer, save=lambda _: None)}
+    prepared = some(type("NoData", (PreparedData,), nothing))
+    said: list[str] = []
+    opened = package.Start(config, tmp_path / "run", resumed=resumed, initial=None, preset=None)
+    package.open_folder(opened, prepared, say=said.append)
+    assert "before the rewind to step 0, so batches 12-31 are not left out" in said[0]
+    assert read_metrics(metrics) == []
+    assert Course(config, past=read_metrics(metrics)).batch(31) == 30
 
 
 def test_a_rewind_that_a_checkpoint_comes_after_stays_with_it():

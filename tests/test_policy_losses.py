@@ -317,8 +317,10 @@ def test_explained_variance_is_that_of_the_returns(package: str) -> None:
         names = ("return", "return_square", "value_error", "value_error_square")
         plain = {name: float(means[name]) for name in names}
         assert describe_values(plain) == {"explained_variance": pytest.approx(expected, rel=1e-10)}
-        alike = {"return": 0.5, "return_square": 0.25}  # as where every answer has the same reward
-        assert describe_values(plain | alike) == {}
+        for reward in np.arange(1, 10, dtype=np.float32) / 10:  # the same for every answer
+            squares = np.mean(np.full(1000, reward) ** 2, dtype=np.float32)
+            alike = {"return": float(reward), "return_square": float(squares)}
+            assert describe_values(plain | alike) == {}
         del plain["value_error"]  # as of GRPO
         assert describe_values(plain) == {}
 

@@ -166,10 +166,10 @@ def test_curves_go_over_what_the_reader_chooses_also_after_loading_anew(
 
 
 def test_a_page_that_nobody_writes_any_more_says_so_and_stays(opened: Any):
-    """As after SIGKILL: 4 intervals of 50 steps of 40 seconds are missed, with 5 minutes to spare."""
+    """As after SIGKILL: 4 intervals of 50 steps of 40 seconds are missed, with half an hour to spare."""
     run, written = full_run("one"), 1_700_000_000.0
     run.config.update({"train.eval_interval_steps": 50, "checkpoint.interval_steps": 100})
-    allowed = 4 * 50 * 40 + 300
+    allowed = 4 * 50 * 40 + 1800
     content = report_of(run, goes_on=True, now=written)
     for age, is_late in ((allowed - 20, False), (allowed + 2, True)):
         page = opened(content, at=written + age)

@@ -5,13 +5,14 @@ layer, and a continuation of the prompt; trains nothing and writes no run.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllm_jax.cli import run
-from tinyllm_jax.config import Config, preset_names
-from tinyllm_jax.settings import Parser, add_flags, parse_flags
+from tinyllm_jax.config import Config, config_to_table, preset_names
+from tinyllm_jax.settings import Parser, add_flags, build, flatten, parse_flags
 from tinyllm_jax.tasks import open_task
 from tinyllm_jax.train import make_sampler, say, set_up_jax
 
@@ -79,8 +80,11 @@ def read_command(words: Sequence[str] | None) -> "Start":
         for key in ("run.resume", "run.auto_resume")
         if key in overrides
     ]
+    # A continuation is written here whatever the mode, though not every mode's runs read how.
+    sampling = {key: overrides.pop(key) for key in [*overrides] if key.startswith("sampling.")}
     if not arguments.checkpoint:
-        return find_start(arguments.config, overrides, problems, Path(), say=say)
+        start = find_start(arguments.config, overrides, problems, Path(), say=say)
+        return replace(start, config=with_settings(start.config, sampling))
     if arguments.config:
         problems.append("--checkpoint and --config are both given. Leave one of them out.")
     from tinyllm_jax.training.checkpoint import open_checkpoint
@@ -90,7 +94,16 @@ def read_command(words: Sequence[str] | None) -> "Start":
     checkpoint = open_checkpoint(path, on_damaged=say)
     config = settings_of(checkpoint, overrides, problems)
     check_model(checkpoint, config, goes_on=False)
-    return Start(config, path, resumed=None, initial=checkpoint)
+    return Start(with_settings(config, sampling), path, resumed=None, initial=checkpoint)
+
+
+def with_settings(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """Put flags over settings.
+
+    Raises:
+        InputError: every problem of theirs.
+    """
+    return build(Config, [("", flatten(config_to_table(config))), ("", overrides)])
 
 
 def heading(text: str) -> None:

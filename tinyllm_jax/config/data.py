@@ -59,7 +59,8 @@ class DataConfig:
     )
     validation_fraction: float = setting(
         0.01,
-        "share of documents held out, by a hash of their text, where no validation files exist",
+        "share of documents held out, by a hash of their text, or of a conversation's first user turn, "
+        "where no validation files exist",
         above=0.0,
         maximum=0.5,
     )

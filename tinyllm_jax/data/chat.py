@@ -75,7 +75,7 @@ class ChatCounts:
     records_kept: int = 0
     bad_records: int = 0  # left out
     also_in_validation: int = 0  # left out
-    asked_in_validation: int = 0  # kept: the first user turn stands there with other answers
+    asked_in_validation: int = 0  # not left out for that: the first user turn stands there, too
     too_long: int = 0  # left out: not even the first answer fits a row
     cut: int = 0  # kept up to a turn
     cut_turns: int = 0  # left out of those that were cut

@@ -109,7 +109,7 @@ def say_left_out(files: Sequence[dict[str, Any]], data: DataConfig) -> None:
     said = {
         "bad_records": "broken records left out",
         "also_in_validation": "left out of training, since validation has them too",
-        "asked_in_validation": "ask what validation asks, too, with other answers",
+        "asked_in_validation": "ask what validation asks, too",
         "too_long": f"left out, too long for {row} (the longest needs {total['longest_tokens']})",
         "cut": f"cut at a turn to fit {row} ({total['cut_turns']} turns left out)",
     }
@@ -146,11 +146,12 @@ def check_found(
             fraction = min(0.5, max(2 * data.validation_fraction, 10 / sum(found.values())))
             if name == "train":
                 fraction = data.validation_fraction / 2
+            other = f" With many that differ, --data.validation_fraction {fraction:.2g} gives some."
             raise InputError(
                 f"data.validation_fraction={data.validation_fraction} of {sum(found.values())} {what}s "
                 f"leaves none for the {name} split, since those with the same first user turn stay "
-                f"together. Use --data.validation_fraction {fraction:.2g}, give "
-                "--data.validation_paths, or give more data."
+                f"together. Give --data.validation_paths, or more {what}s."
+                f"{other if fraction != data.validation_fraction else ''}"
             )
         fits = f"; --data.sequence_length {total['longest_tokens']} takes the longest"
         raise InputError(

@@ -55,7 +55,8 @@ def attend_row_by_row(
     the same loop took 71 and straight code that keeps the weights 73.
 
     Args:
-        mask: True where a query may look, which is nowhere beyond its own position; None is all of that.
+        mask: True where a query may look, which is nowhere beyond its own position and somewhere (as
+            `segment_mask` has it); None is all of that.
     """
     return _attend(query, key, value, mask)[0]
 

@@ -353,7 +353,7 @@ def open_folder(start: Start, prepared: RunData, *, say: Callable[[str], None]) 
     stats = json.dumps(prepared.stats, indent=1)
     write_file(folder / "dataset_stats.json", stats.encode())
     prepared.tokenizer.save(folder)
-    if metrics and (remark or not goes_on):
+    if remark or (metrics and not goes_on):
         write_metrics(folder / "metrics.jsonl", metrics)
     add_start(
         folder,

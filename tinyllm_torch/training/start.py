@@ -141,7 +141,7 @@ def open_folder(start: Start, prepared: PreparedData, *, say: Callable[[str], No
     if resumed and resumed.folder.parent.name == "checkpoints":
         rows = read_metrics(resumed.folder.parents[1] / "metrics.jsonl")
         rows, remark = rows_leading_to(rows, resumed.config, step=resumed.step)
-        if rows and (remark or not is_run_of(resumed, folder)):
+        if remark or (rows and not is_run_of(resumed, folder)):
             write_metrics(folder / "metrics.jsonl", rows)
         if remark:
             say(remark)

@@ -16,9 +16,9 @@ from tinyllm_jax.training.reports.run import WARNINGS, Row, Run, is_finite
 # How many warnings and samples are shown at once; more of them fold away, and of very many some.
 SHOWN, MOST_WARNINGS, MOST_SAMPLES, MOST_FILES = 3, 60, 24, 100
 
-# A run is given up where so many times in a row its page was not written anew, and some seconds for an
-# evaluation or a step that is slow. Nothing is known of its speed at first, when it compiles.
-MISSED, SPARE_SECONDS, LONGEST_START = 4, 300.0, 3600.0
+# A run is given up where so many times in a row its page was not written anew, and half an hour for
+# a slow evaluation, or the programs of a run that was resumed. Nothing is known of its speed at first.
+MISSED, SPARE_SECONDS, LONGEST_START = 4, 1800.0, 3600.0
 
 
 def summarise(rows: Sequence[Row]) -> str:

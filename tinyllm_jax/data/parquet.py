@@ -96,12 +96,11 @@ def check_sizes(path: str, column: str, *, start: int, stop: int) -> None:
         place = column_place(metadata, column)
         for index in range(start, min(stop, metadata.num_row_groups)):
             chunk = metadata.row_group(index).column(place)
-            # Where a group has no rows, writers make no page of data and leave the place at 0.
+            if chunk.num_values == 0:
+                continue  # writers make no page of data then, and say that it begins at 0
             begins = [chunk.data_page_offset]
-            if chunk.has_dictionary_page:
+            if chunk.has_dictionary_page and chunk.dictionary_page_offset:
                 begins.append(chunk.dictionary_page_offset)
-            if chunk.num_values == 0 or not (begins := [place for place in begins if place]):
-                continue
             first = min(begins)
             try:
                 check_pages(content, start=first, stop=first + chunk.total_compressed_size)

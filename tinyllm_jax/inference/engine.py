@@ -6,8 +6,9 @@
 
 The cache has a fixed number of slots, and each request in work has one. Prompts are read in chunks
 of one size, one chunk of each and of a few prompts between two dispatches of new tokens, so long
-prompts do not stall the others. What is known of a slot (its last token, place, settings) stays on the device; the next
-dispatch is under way while the host reads the last one. All programs are compiled at the start.
+prompts do not stall the others. What is known of a slot (its last token, place, settings) stays on
+the device; the next dispatch is under way while the host reads the last one. All programs are
+compiled at the start.
 
 Source: continuous batching: Yu et al. 2022, Orca (OSDI), section 3; prompts in chunks: Agrawal et al.
 2023, arXiv:2308.16369.

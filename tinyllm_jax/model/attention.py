@@ -9,11 +9,15 @@ arXiv:2305.13245.
 
 import jax
 import jax.numpy as jnp
-from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from tinyllm_jax.errors import InputError
-from tinyllm_jax.model.attention_rows import attend_row_by_row, block_size, goes_row_by_row
+from tinyllm_jax.model.attention_rows import (
+    attend_row_by_row,
+    block_size,
+    goes_row_by_row,
+    head_product,
+)
 from tinyllm_jax.model.dropout import dropout
 
 
@@ -115,7 +119,6 @@ def reference_attention(
     """
     batch, queries, heads, head_dim = query.shape
     keys, kv_heads = key.shape[1:3]
-    wide = jnp.promote_types(query.dtype, jnp.float32)
     # Heads before positions: XLA's CPU backend multiplies that layout up to five times faster.
     grouped = query.transpose(0, 2, 1, 3)
     grouped = grouped.reshape(batch, kv_heads, heads // kv_heads, queries, head_dim)
@@ -131,27 +134,18 @@ def reference_attention(
             visible = mask[:, start:end, :seen]
         # The queries that share a key head are rows of one product.
         rows = grouped[:, :, :, start:end].reshape(batch, kv_heads, -1, head_dim)
-        scores = jnp.einsum(
-            "bnqd,bnkd->bnqk",
-            rows,
-            key[:, :, :seen],
-            precision=Precision.HIGHEST,
-            preferred_element_type=wide,
-        )
+        scores = head_product("bnqd,bnkd->bnqk", rows, key[:, :, :seen])
         scores = scores.reshape(batch, kv_heads, heads // kv_heads, end - start, seen)
-        scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, jnp.finfo(wide).min)
+        scores = jnp.where(
+            visible[:, None, None], scores * head_dim**-0.5, jnp.finfo(scores.dtype).min
+        )
         largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1).reshape(batch, heads, end - start, 1)
         own = None if dropout_key is None else jax.random.fold_in(dropout_key, start)
         weights = dropout(weights, rate=dropout_rate, key=own)
-        block = jnp.einsum(
-            "bnqk,bnkd->bnqd",
-            weights.astype(value.dtype).reshape(batch, kv_heads, -1, seen),
-            value[:, :, :seen],
-            precision=Precision.HIGHEST,
-            preferred_element_type=wide,
-        )
+        weights = weights.astype(value.dtype).reshape(batch, kv_heads, -1, seen)
+        block = head_product("bnqk,bnkd->bnqd", weights, value[:, :, :seen])
         # The softmax divides here, after the product, so that the sum in its gradient, too, is over the
         # width of a head and not over keys.
         block = block.reshape(batch, heads, end - start, head_dim) / total

@@ -41,6 +41,14 @@ def block_size(queries: int) -> int:
     return 64 * max(1, math.ceil(queries / 512))
 
 
+def head_product(equation: str, left: Array, right: Array) -> Array:
+    """Multiply the matrices of each head, in float32 at least (float64 stays float64)."""
+    wide = jnp.promote_types(left.dtype, jnp.float32)
+    return jnp.einsum(
+        equation, left, right, precision=Precision.HIGHEST, preferred_element_type=wide
+    )
+
+
 @jax.custom_vjp
 def attend_row_by_row(
     query: Float[Array, "batch seq heads head_dim"],
@@ -91,7 +99,7 @@ def _mix_row(
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         # The softmax divides here, after the product: fewer numbers.
-        block = _product("nrk,nkd->nrd", weights.astype(value.dtype), value[:, :end]) / total
+        block = head_product("nrk,nkd->nrd", weights.astype(value.dtype), value[:, :end]) / total
         mixed.append(_by_position(block, end - start).astype(value.dtype))
         softmax.append(_Softmax(largest, total))
     return jnp.concatenate(mixed), softmax
@@ -119,14 +127,14 @@ def _change_row(
             _by_key_head(each[start:end], kv_heads) for each in (query, change, common)
         )
         weights = jnp.exp(_scores(rows, key, mask, start, end) - largest) / total
-        weights_change = _product("nrd,nkd->nrk", rows_change, value[:, :end])
+        weights_change = head_product("nrd,nkd->nrk", rows_change, value[:, :end])
         scores_change = weights * (weights_change - rows_common) * query.shape[-1] ** -0.5
         scores_change = scores_change.astype(dtype)
-        block = _product("nrk,nkd->nrd", scores_change, key[:, :end])
+        block = head_product("nrk,nkd->nrd", scores_change, key[:, :end])
         query_change.append(_by_position(block, end - start).astype(dtype))
-        key_change = key_change.at[:, :end].add(_product("nrk,nrd->nkd", scores_change, rows))
+        key_change = key_change.at[:, :end].add(head_product("nrk,nrd->nkd", scores_change, rows))
         value_change = value_change.at[:, :end].add(
-            _product("nrk,nrd->nkd", weights.astype(dtype), rows_change)
+            head_product("nrk,nrd->nkd", weights.astype(dtype), rows_change)
         )
     query_ = jnp.concatenate(query_change)
     key_, value_ = (x.transpose(1, 0, 2).astype(dtype) for x in (key_change, value_change))
@@ -161,14 +169,6 @@ def _scores(
         visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
     else:
         visible = mask[start:end, :end]
-    scores = _product("nrd,nkd->nrk", rows, key[:, :end]) * rows.shape[-1] ** -0.5
+    scores = head_product("nrd,nkd->nrk", rows, key[:, :end]) * rows.shape[-1] ** -0.5
     visible = jnp.tile(visible, (rows.shape[1] // (end - start), 1))[None]
     return jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
-
-
-def _product(equation: str, left: Array, right: Array) -> Array:
-    """Multiply the matrices of each head, in float32 at least."""
-    wide = jnp.promote_types(left.dtype, jnp.float32)
-    return jnp.einsum(
-        equation, left, right, precision=Precision.HIGHEST, preferred_element_type=wide
-    )

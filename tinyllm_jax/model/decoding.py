@@ -5,10 +5,10 @@ Letters: b batch, q query position, k slot, n key/value head, d head width (as i
 
 import jax
 import jax.numpy as jnp
-from jax.lax import Precision
 from jaxtyping import Array, Float, Int
 
 from tinyllm_jax.model.attention import choose_implementation
+from tinyllm_jax.model.attention_rows import head_product
 from tinyllm_jax.model.layers import matmul_precision
 
 # Up to so many rows a table times the rows was measured to be faster than the other way around.
@@ -73,11 +73,6 @@ def cached_attention(
     seen_up_to = jnp.tile(positions, (1, heads // kv_heads))[:, None, :, None]
     furthest = jnp.max(jnp.where(positions < slots, positions, 0))
 
-    def product(equation: str, left: Array, right: Array) -> Array:
-        return jnp.einsum(
-            equation, left, right, precision=Precision.HIGHEST, preferred_element_type=wide
-        )
-
     def read_block(block: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         largest, total, mixed = sums
         start = jnp.minimum(block * size, slots - size)
@@ -86,12 +81,12 @@ def cached_attention(
         # The last block of a cache that is no multiple of blocks begins in the one before.
         slot = (start + jnp.arange(size))[None, None, None]
         visible = (slot >= block * size) & (slot <= seen_up_to)
-        scores = product("bnqd,bnkd->bnqk", rows, key) * head_dim**-0.5
+        scores = head_product("bnqd,bnkd->bnqk", rows, key) * head_dim**-0.5
         scores = jnp.where(visible, scores, jnp.finfo(wide).min)
         new = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
         kept, weights = jnp.exp(largest - new), jnp.where(visible, jnp.exp(scores - new), 0.0)
         total = total * kept + weights.sum(axis=-1, keepdims=True)
-        mixed = mixed * kept + product("bnqk,bnkd->bnqd", weights.astype(value.dtype), value)
+        mixed = mixed * kept + head_product("bnqk,bnkd->bnqd", weights.astype(value.dtype), value)
         return new, total, mixed
 
     one = jnp.zeros((batch, kv_heads, rows.shape[2], 1), wide)

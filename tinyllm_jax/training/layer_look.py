@@ -11,12 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.lax import Precision
 from jaxtyping import Array, Bool, Float
 
 from tinyllm_jax.config import Config
 from tinyllm_jax.model.attention import segment_mask
-from tinyllm_jax.model.attention_rows import block_size
+from tinyllm_jax.model.attention_rows import block_size, head_product
 from tinyllm_jax.model.layers import compute_dtype
 from tinyllm_jax.model.placement import placement
 from tinyllm_jax.model.rope import rope_tables
@@ -156,7 +155,6 @@ def largest_logit(
     """
     batch, queries, heads, head_dim = query.shape
     kv_heads = key.shape[2]
-    wide = jnp.promote_types(query.dtype, jnp.float32)
     grouped = query.transpose(0, 2, 1, 3)
     grouped = grouped.reshape(batch, kv_heads, heads // kv_heads, queries, head_dim)
     key, size, found = key.transpose(0, 2, 1, 3), block_size(queries), []
@@ -167,13 +165,7 @@ def largest_logit(
         else:
             visible = mask[:, start:end, :end]
         rows = grouped[:, :, :, start:end].reshape(batch, kv_heads, -1, head_dim)
-        scores = jnp.einsum(
-            "bnqd,bnkd->bnqk",
-            rows,
-            key[:, :, :end],
-            precision=Precision.HIGHEST,
-            preferred_element_type=wide,
-        )
+        scores = head_product("bnqd,bnkd->bnqk", rows, key[:, :, :end])
         scores = scores.reshape(batch, heads, end - start, end) * head_dim**-0.5
-        found.append(jnp.max(jnp.where(visible[:, None], scores, jnp.finfo(wide).min)))
+        found.append(jnp.max(jnp.where(visible[:, None], scores, jnp.finfo(scores.dtype).min)))
     return placement().largest(jnp.max(jnp.stack(found)))

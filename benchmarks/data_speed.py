@@ -23,9 +23,9 @@ from tinyllm_jax.config import Config
 from tinyllm_jax.data import prepare as room
 from tinyllm_jax.data.batches import Batches
 from tinyllm_jax.data.corpus import find_parts
-from tinyllm_jax.data.groups import available_cores
 from tinyllm_jax.data.prepare import prepare
 from tinyllm_jax.data.tokenizer import Tokenizer
+from tinyllm_jax.host import available_cores
 from tinyllm_jax.settings import build
 
 COLUMNS = ("what", "ours", "peer", "the peer", "unit", "ours / peer")

@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.report import gpu_names, ratio, report
 from benchmarks.workers import median_seconds, serve
 from tinyllm_jax.config import ModelConfig, SamplingConfig, load_config
-from tinyllm_jax.data.groups import available_cores
+from tinyllm_jax.host import available_cores
 
 COLUMNS = ("what", "rows", "tokens/s", "ours / it")
 NAMES = {

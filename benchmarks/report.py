@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tinyllm_jax.data.groups import available_cores
+from tinyllm_jax.host import available_cores
 from tinyllm_jax.training.environment import processor_name
 
 # What a cell says where the machine lacks what it takes, such as a GPU or a package.

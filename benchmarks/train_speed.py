@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.report import gpu_names, ratio, report
 from benchmarks.workers import median_seconds, serve
 from tinyllm_jax.config import Config, load_config
-from tinyllm_jax.data.groups import available_cores
+from tinyllm_jax.host import available_cores
 
 COLUMNS = ("what", "rows x passes", "tokens/s", "MFU", "ours / it")
 CONTENDERS = {
@@ -55,7 +55,7 @@ def made_up_rows(config: Config) -> tuple[np.ndarray, np.ndarray]:
 
 def our_step(config: Config) -> Callable[[], Any]:
     """Compile the train step of this project."""
-    from tinyllm_jax.host_memory import keep_freed_memory
+    from tinyllm_jax.host import keep_freed_memory
 
     keep_freed_memory()  # as the command does
     import jax

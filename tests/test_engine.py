@@ -200,6 +200,47 @@ def test_no_more_chunks_are_read_than_requests_wait_meanwhile(
     finish(engine)
 
 
+def test_a_prompt_of_several_chunks_is_read_at_once_where_many_wait(engine: Engine) -> None:
+    lasting = dataclasses.replace(SAMPLINGS[1], max_new_tokens=60)
+    for number in range(3):
+        Answer(engine, request(1, sampling=lasting, sample_number=number))
+    for _ in range(4):
+        engine.step()
+    new = Answer(engine, request(2))
+    chunks = -(-len(PROMPTS[2]) // SETTINGS.prefill_tokens)
+    assert chunks == 3
+    engine.step()
+    assert new.job.is_read
+    finish(engine)
+
+
+def test_a_slot_is_given_on_with_the_dispatch_that_makes_its_last_token(engine: Engine) -> None:
+    expected, of_next = alone(engine, 6), alone(engine, 1)
+    assert len(expected) <= SETTINGS.tokens_per_dispatch
+    lasting = dataclasses.replace(SAMPLINGS[1], max_new_tokens=60)
+    for is_cancelled in (False, True):
+        others = [
+            Answer(engine, request(1, sampling=lasting, sample_number=number))
+            for number in range(1, 4)
+        ]
+        for _ in range(4):
+            engine.step()
+        first, second = Answer(engine, request(6)), Answer(engine, request(1))
+        engine.step()
+        assert (first.tokens, first.ended) == ([], "")
+        assert engine.in_work == SETTINGS.slots
+        if is_cancelled:
+            first.job.cancel()
+        engine.step()
+        assert second.job.slot == first.job.slot
+        assert (first.ids, first.ended) == (
+            ([], "cancelled") if is_cancelled else (expected, "length")
+        )
+        finish(engine)
+        assert second.ids == of_next
+        assert {other.ended for other in others} == {"length"}
+
+
 def test_log_probabilities_are_those_of_the_model(engine: Engine, weights: Any) -> None:
     answer = Answer(engine, request(5, alternatives=4))
     unasked = Answer(engine, request(1))
@@ -221,7 +262,7 @@ def test_a_cancelled_request_leaves_its_slot_or_the_queue(engine: Engine) -> Non
     answers = [Answer(engine, request(4, sample_number=n)) for n in range(SETTINGS.slots + 2)]
     for _ in range(5):
         engine.step()
-    assert engine.busy_slots == SETTINGS.slots
+    assert engine.in_work == SETTINGS.slots
     in_slot, in_queue = answers[0], answers[-1]
     in_slot.job.cancel()
     in_queue.job.cancel()

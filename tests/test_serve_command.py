@@ -16,10 +16,11 @@ from typing import Any
 
 import openai
 import pytest
+import test_engine
 import test_serve_api
 import test_serve_limits
 from conftest import ROOT, Command
-from serving import connect, post, read_all, settings_of
+from serving import connect, post, read_all, settings_of, wait_for
 
 from tinyllm_jax import serve
 from tinyllm_jax.config import ServeConfig
@@ -214,7 +215,11 @@ def test_a_model_has_the_name_of_its_run(path: str, name: str, tmp_path: Path) -
 @pytest.mark.slow
 def test_a_name_and_a_number_of_answers_are_settings(trained_run: Path, command: Command) -> None:
     flags = ["--checkpoint", str(trained_run), "--server.model_name", "mine"]
-    with Running(command, *flags, "--server.max_choices", "1") as server:
+    flags += ["--server.max_choices", "1", "--engine.replicas", "2"]
+    with Running(command, *flags) as server:
+        wait_for(
+            lambda: b"tinyllm_replicas 2.0" in test_serve_limits.get(f"{server.url}/metrics")[2]
+        )
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
             assert client.models.list().data[0].id == "mine"
             with pytest.raises(openai.BadRequestError, match="gives 1 to a request"):
@@ -245,6 +250,15 @@ SHOWN_BY: dict[str, Any] = {
     "server.drain_seconds": test_answers_that_take_too_long_are_cut_and_said_to_be,
 }
 SHOWN_BY |= {
+    "engine.slots": test_serve_limits.test_too_many_questions_are_told_when_to_come_again,
+    "engine.queue": test_serve_limits.test_too_many_questions_are_told_when_to_come_again,
+    "engine.replicas": test_a_name_and_a_number_of_answers_are_settings,
+    "engine.context": test_engine.test_less_room_ends_answers_earlier,
+    "engine.prefill_tokens": test_engine.test_settings_change_what_they_name,
+    "engine.tokens_per_dispatch": test_engine.test_settings_change_what_they_name,
+    "engine.weights": test_engine.test_settings_change_what_they_name,
+}
+SHOWN_BY |= {
     name: test_serve_api.test_settings_of_sampling_hold_where_a_request_says_nothing
     for name in setting_fields(ServeConfig)
     if name.startswith("sampling.")
@@ -252,6 +266,5 @@ SHOWN_BY |= {
 
 
 def test_every_setting_of_the_server_is_shown_to_do_something() -> None:
-    names = {name for name in setting_fields(ServeConfig) if not name.startswith("engine.")}
-    assert {*SHOWN_BY} == names
+    assert {*SHOWN_BY} == {*setting_fields(ServeConfig)}
     assert settings_of(server__port=0).server.port == 0

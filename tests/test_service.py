@@ -211,7 +211,7 @@ def test_a_defect_of_the_engine_is_told_to_everybody(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     service = start(model)
-    monkeypatch.setattr(service._engine, "_tell", lambda *_: 1 / 0)
+    monkeypatch.setattr(service._replicas[0].engine, "_tell", lambda *_: 1 / 0)
     asker = Asker(service)
     asker.wait()
     assert asker.ended == "failed"

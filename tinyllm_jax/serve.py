@@ -59,8 +59,10 @@ def start_service(checkpoint: str, settings: ServeConfig) -> "Service":
     """Load a model and compile what answers with it."""
     from tinyllm_jax.compilation_cache import enable_compilation_cache
     from tinyllm_jax.inference.language_model import load
+    from tinyllm_jax.inference.replicas import make_cpu_devices
     from tinyllm_jax.inference.service import Service
 
+    make_cpu_devices(settings.engine)
     enable_compilation_cache()
     service = Service(load(checkpoint), settings.engine)
     service.start()

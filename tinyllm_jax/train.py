@@ -16,7 +16,7 @@ from tinyllm_jax import cli
 from tinyllm_jax.cli import run
 from tinyllm_jax.config import Config, preset_names, read_preset
 from tinyllm_jax.errors import InputError
-from tinyllm_jax.host_memory import keep_freed_memory
+from tinyllm_jax.host import keep_freed_memory
 from tinyllm_jax.settings import Parser, add_flags, parse_flags
 
 if TYPE_CHECKING:

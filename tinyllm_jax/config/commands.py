@@ -43,6 +43,13 @@ class ServeConfig:
                 f"sampling.num_samples={self.sampling.num_samples} is more than server.max_choices="
                 f"{self.server.max_choices}. Use {self.server.max_choices} or less, or raise the other."
             )
+        slots, replicas = self.engine.slots, self.engine.replicas
+        if replicas and slots % replicas:
+            more = slots + replicas - slots % replicas
+            found.append(
+                f"engine.slots={slots} is no multiple of engine.replicas={replicas}. Use --engine.slots "
+                f"{more} or another."
+            )
         return found
 
 

@@ -59,6 +59,13 @@ class EngineConfig:
     slots: int = setting(
         16, "answers that are made at the same time", minimum=1, maximum=4096, unit="answers"
     )
+    replicas: int = setting(
+        0,
+        "engines that share the slots, each on a device of its own; 0 is one for each core of a CPU, "
+        "with four slots at least, and one elsewhere",
+        minimum=0,
+        maximum=4096,
+    )
     queue: int = setting(
         256, "questions that may wait for a slot; more are turned away", minimum=0, unit="questions"
     )

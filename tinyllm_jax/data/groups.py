@@ -20,6 +20,7 @@ from tinyllm_jax.data.files import write_file
 from tinyllm_jax.data.shards import ShardRecord, ShardWriter, check_checksums, shard_writer
 from tinyllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tinyllm_jax.errors import InputError
+from tinyllm_jax.host import available_cores
 
 # Text that is tokenised in one library call.
 BATCH_BYTES = 1 << 18
@@ -245,13 +246,6 @@ def run_here(
 def is_toy(path: str) -> bool:
     """Tell the built-in stories, whose parts are no files, from files."""
     return path.startswith("toy:")
-
-
-def available_cores() -> int:
-    """Count the cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def start_worker() -> None:

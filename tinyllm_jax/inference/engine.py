@@ -94,15 +94,26 @@ class Job:
         left = room - len(request.prompt_ids)
         self.budget = min(request.sampling.max_new_tokens, left)
         self.ends_with = "length" if self.budget == request.sampling.max_new_tokens else "context"
+        self.has_ended = False
 
     @property
     def is_read(self) -> bool:
         """Tell whether the whole prompt stands in the cache."""
         return self.read_tokens >= len(self.request.prompt_ids)
 
+    @property
+    def is_dispatched(self) -> bool:
+        """Tell whether the dispatches so far make all tokens that it may have."""
+        return self.reach >= len(self.request.prompt_ids) + self.budget
+
     def cancel(self) -> None:
         """Leave the engine at its next step, which tells "cancelled"."""
         self.cancelled = True
+
+    def end(self, why: str, tokens: Sequence[NewToken] = ()) -> None:
+        """Tell the last news."""
+        self.has_ended = True
+        self.tell(News([*tokens], why))
 
 
 class _Rows(NamedTuple):
@@ -148,7 +159,9 @@ class Engine:
         config: Shape and arithmetic of the model.
         weights: The flat dictionary of `tinyllm_jax.model.weights`.
         tokens: Ids from here on are never picked.
-        settings: Slots, chunk size, form of the weights.
+        settings: Chunk size, form of the weights.
+        slots: How many of the slots are this engine's; None is all.
+        device: Where it computes; None is JAX's default.
 
     Raises:
         InputError: more room a slot is asked for than the model has positions.
@@ -161,6 +174,8 @@ class Engine:
         *,
         tokens: int,
         settings: EngineConfig,
+        slots: int | None = None,
+        device: Any = None,
     ):
         limit = config.max_position_embeddings
         if settings.context > limit:
@@ -170,14 +185,20 @@ class Engine:
             )
         self.config = config
         self.settings = settings
+        self.slots = slots or settings.slots
         self.room = settings.context or limit  # positions of a slot
         self.waiting: deque[Job] = deque()
         self._turns = itertools.count()
-        self._slots: list[Job | None] = [None] * settings.slots
+        self._slots: list[Job | None] = [None] * self.slots
         self._under_way: tuple[_Made, list[tuple[int, Job]]] | None = None
         structure, _ = model_structure(config)
-        self._weights = store(weights, kind=settings.weights, dtype=compute_dtype(config))
-        self._rows = _empty_rows(config, slots=settings.slots, room=self.room)
+        stored = store(weights, kind=settings.weights, dtype=compute_dtype(config))
+        if device is not None and device.platform == "cpu":
+            # What NumPy sees is where the array is, and JAX takes it over as it is: all engines read
+            # the same memory.
+            stored = jax.tree.map(np.asarray, stored)
+        self._weights = jax.device_put(stored, device)
+        self._rows = jax.device_put(_empty_rows(config, slots=self.slots, room=self.room), device)
         self._read = compiled(functools.partial(_read_chunk, config, structure), donate_argnums=1)
         self._make = compiled(
             functools.partial(
@@ -192,7 +213,7 @@ class Engine:
     def compile(self) -> None:
         """Compile every program that will ever run, several at once."""
         shapes = [(rows, reach) for rows in self._row_counts() for reach in self._reaches()]
-        keep = np.zeros(self.settings.slots, bool)
+        keep = np.zeros(self.slots, bool)
         chunk = np.zeros((1, self.settings.prefill_tokens), np.int32)
         places = (np.int32(0), np.int32(0), np.int32(0), np.bool_(False))
         lowered = [self._read.lower(self._weights, self._rows, chunk, places, _begin(None))]
@@ -234,15 +255,18 @@ class Engine:
         self.waiting.append(job)
 
     @property
-    def busy_slots(self) -> int:
-        """Count the requests in work."""
-        return sum(job is not None for job in self._slots)
+    def in_work(self) -> int:
+        """Count the requests that have left the queue and have not ended."""
+        under_way = self._under_way  # once, since other threads ask, too
+        jobs = {job for job in self._slots if job is not None}
+        jobs |= {job for _, job in under_way[1]} if under_way else set()
+        return sum(not job.has_ended for job in jobs)
 
     def step(self) -> bool:
         """Let requests in, read chunks of prompts, make some tokens for all; False when idle.
 
-        One chunk of a prompt at most, and together no more than there are requests that wait for tokens
-        meanwhile: few do not wait for many, and free slots fill soon.
+        No more chunks than there are requests that wait for tokens meanwhile, the prompts in turn: few do
+        not wait for many, and free slots fill soon.
         """
         assert self._read_program is not None, "compile() comes first"
         self._drop_cancelled()
@@ -252,22 +276,25 @@ class Engine:
             self._slots[slot] = job = self.waiting.popleft()
             job.slot, job.last_turn = slot, next(self._turns)
         working = [job for job in self._slots if job is not None]
-        unread = sorted((job for job in working if not job.is_read), key=lambda job: job.last_turn)
-        for job in unread[: max(1, min(CHUNKS_AT_ONCE, len(working) - len(unread)))]:
-            self._read_one_chunk(job)
+        unread = deque(sorted((j for j in working if not j.is_read), key=lambda job: job.last_turn))
+        for _ in range(max(1, min(CHUNKS_AT_ONCE, len(working) - len(unread)))):
+            if unread:
+                self._read_one_chunk(job := unread.popleft())
+                if not job.is_read:
+                    unread.append(job)
         before, self._under_way = self._under_way, self._dispatch()
         if before is not None:
             self._tell(*before)
-        return bool(self.waiting or self.busy_slots or self._under_way)
+        return bool(self.waiting or self._under_way or any(self._slots))
 
     def _drop_cancelled(self) -> None:
         for job in [job for job in self.waiting if job.cancelled]:
             self.waiting.remove(job)
-            job.tell(News([], "cancelled"))
+            job.end("cancelled")
         for slot, job in enumerate(self._slots):
             if job is not None and job.cancelled:
                 self._slots[slot] = None
-                job.tell(News([], "cancelled"))
+                job.end("cancelled")
 
     def _read_one_chunk(self, job: Job) -> None:
         prompt, size = job.request.prompt_ids, self.settings.prefill_tokens
@@ -289,20 +316,19 @@ class Engine:
     def _dispatch(self) -> tuple[_Made, list[tuple[int, Job]]] | None:
         """Begin to make tokens for all that are read; which rows ended is known on the device first."""
         working = [
-            (slot, job)
-            for slot, job in enumerate(self._slots)
-            if job is not None
-            and job.is_read
-            and job.reach < len(job.request.prompt_ids) + job.budget
+            (slot, job) for slot, job in enumerate(self._slots) if job is not None and job.is_read
         ]
         if not working:
             return None
-        for _, job in working:
+        for slot, job in working:
             job.reach += self.settings.tokens_per_dispatch
+            if job.is_dispatched:
+                # The slot is free for what the device does after this dispatch.
+                self._slots[slot] = None
         rows = next(n for n in self._row_counts() if n > working[-1][0])
         furthest = min(max(job.reach for _, job in working), self.room)
         reach = next(n for n in self._reaches() if n >= furthest)
-        keep = np.zeros(self.settings.slots, bool)
+        keep = np.zeros(self.slots, bool)
         keep[[slot for slot, _ in working]] = True
         self._rows, made = self._programs[rows, reach](self._weights, self._rows, keep)
         return made, working
@@ -312,8 +338,11 @@ class Engine:
         # Plain Python numbers: reading them one by one from arrays would take longer than making them.
         fetched: Any = _Made(*(each.tolist() for each in jax.device_get(made)))
         for slot, job in working:
-            if job.cancelled or self._slots[slot] is not job:
-                continue  # ended by an earlier dispatch, or told already that it is cancelled
+            if job.has_ended:
+                continue
+            if job.cancelled:
+                job.end("cancelled")  # after its slot was given to another
+                continue
             count, wanted = fetched.counts[slot], job.request.alternatives
             tokens = []
             for place in range(count):
@@ -338,9 +367,11 @@ class Engine:
             elif job.made_tokens >= job.budget:
                 ended = job.ends_with
             if ended:
-                self._slots[slot] = None
-            if tokens or ended:
-                job.tell(News(tokens, ended))
+                if self._slots[slot] is job:
+                    self._slots[slot] = None
+                job.end(ended, tokens)
+            elif tokens:
+                job.tell(News(tokens, ""))
 
     def _row_counts(self) -> list[int]:
         """List the numbers of rows that programs exist for: 1, 4, 16, ... and all slots.
@@ -350,8 +381,8 @@ class Engine:
         """
         wide = jnp.finfo(compute_dtype(self.config)).bits >= 32
         few = wide and jax.default_backend() == "cpu"
-        counts = _powers(4, start=1, below=self.settings.slots) if few else []
-        return [*counts, self.settings.slots]
+        counts = _powers(4, start=1, below=self.slots) if few else []
+        return [*counts, self.slots]
 
     def _reaches(self) -> list[int]:
         """List the lengths of cache that programs exist for."""

@@ -1,4 +1,4 @@
-"""The engine on a thread of its own: questions in from any thread, pieces of text out.
+"""Engines on threads of their own: questions in from any thread, pieces of text out.
 
 service = Service(model, config.engine)
 service.start()
@@ -6,7 +6,6 @@ ticket = service.ask(as_text("Once", model.tokenizer), sampling=..., on_piece=pr
 """
 
 import functools
-import queue
 import sys
 import threading
 import traceback
@@ -19,7 +18,10 @@ from tinyllm_jax.data.asking import Asked
 from tinyllm_jax.data.chat_template import CONTROL_TOKENS
 from tinyllm_jax.inference.engine import Engine, Job, News, NewToken, Request
 from tinyllm_jax.inference.language_model import LanguageModel, precision
+from tinyllm_jax.inference.replicas import Replica, replica_devices
+from tinyllm_jax.inference.stored_weights import store
 from tinyllm_jax.inference.text_stream import TextStream, token_bytes
+from tinyllm_jax.model.layers import compute_dtype
 
 
 class Alternative(NamedTuple):
@@ -60,6 +62,7 @@ class ServiceStats(NamedTuple):
     """How busy the service is, and what it has done since its start."""
 
     slots: int
+    replicas: int  # engines that are ready
     busy_slots: int
     waiting: int
     requests_total: int
@@ -90,6 +93,7 @@ class Ticket:
     ):
         self.prompt_tokens = prompt_tokens
         self.job: Job | None = None
+        self.replica: Replica | None = None
         self._service = service
         self._stream = stream
         self._on_piece = on_piece
@@ -162,37 +166,45 @@ class Service:
         self.tokenizer = model.tokenizer
         self.can_chat = all(model.tokenizer.control_id(text) is not None for text in CONTROL_TOKENS)
         self._config = config
-        # Not the model itself, whose weights would lie beside those that are kept in fewer bits.
-        self._precision = functools.partial(precision, model.config)
-        with self._precision():
-            self._engine = Engine(
-                model.config,
-                model.weights,
-                tokens=model.tokenizer.vocab_size,
-                settings=config,
-            )
-        self.context = self._engine.room  # tokens of question and answer
+        devices = replica_devices(config)
+        with precision(model.config):
+            # Not the model's own, which would lie beside those that are kept in fewer bits.
+            weights = store(model.weights, kind=config.weights, dtype=compute_dtype(model.config))
+            engines = [
+                Engine(
+                    model.config,
+                    weights,
+                    tokens=model.tokenizer.vocab_size,
+                    settings=config,
+                    slots=config.slots // len(devices),
+                    device=device,
+                )
+                for device in devices
+            ]
+        within = functools.partial(precision, model.config)
+        self._replicas = [
+            Replica(engine, precision=within, on_failure=self._fail) for engine in engines
+        ]
+        self.context = engines[0].room  # tokens of question and answer
         self.places = config.slots + config.queue  # answers at work and waiting
-        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._open: set[Ticket] = set()
         self._telling = 0  # answers that have ended, whose last piece is being handed over
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = self._is_broken = False
         self._requests = self._prompt_tokens = self._new_tokens = 0
         self._cancelled = self._failed = 0
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._alternatives: dict[int, tuple[str, bytes]] = {}
 
     def start(self) -> None:
-        """Compile every program, then begin to answer."""
-        with self._precision():
-            self._engine.compile()
-        self._thread.start()
+        """Compile every program of one engine, then begin to answer; others join when they are ready."""
+        self._replicas[0].compile()
+        for replica in self._replicas:
+            replica.start()
 
     @property
     def is_well(self) -> bool:
         """Tell whether questions are taken and answered."""
-        return self._thread.is_alive() and not self._closed
+        return all(replica.is_alive for replica in self._replicas) and not self._closed
 
     def ask(
         self,
@@ -222,7 +234,7 @@ class Service:
         request = Request(asked.ids, asked.end_id, sampling, sample_number, alternatives)
         stream = TextStream(self.tokenizer, lead=asked.lead, stop=stop)
         ticket = Ticket(self, stream, on_piece, prompt_tokens=len(asked.ids))
-        job = self._engine.job(request, ticket.take)
+        job = self._replicas[0].engine.job(request, ticket.take)
         ticket.job = job
         with self._changed:
             if self._closed:
@@ -235,16 +247,20 @@ class Service:
             self._open.add(ticket)
             self._requests += 1
             self._prompt_tokens += ticket.prompt_tokens
-            self._inbox.put(job)
+            ready = [replica for replica in self._replicas if replica.is_ready]
+            ticket.replica = min(ready or self._replicas[:1], key=lambda replica: replica.open)
+            ticket.replica.open += 1
+            ticket.replica.put(job)
         return ticket
 
     def stats(self) -> ServiceStats:
         """Count what is going on."""
-        busy = self._engine.busy_slots
+        in_work = sum(replica.engine.in_work for replica in self._replicas)
         return ServiceStats(
             slots=self._config.slots,
-            busy_slots=busy,
-            waiting=max(len(self._open) - busy, 0),
+            replicas=sum(replica.is_ready for replica in self._replicas),
+            busy_slots=min(in_work, self._config.slots),
+            waiting=max(len(self._open) - in_work, 0),
             requests_total=self._requests,
             prompt_tokens_total=self._prompt_tokens,
             new_tokens_total=self._new_tokens,
@@ -259,17 +275,18 @@ class Service:
             ended = self._changed.wait_for(
                 lambda: not (self._open or self._telling), timeout=seconds
             )
-            return ended and not self._failed
+            return ended and not self._is_broken
 
     def stop(self) -> None:
-        """Cancel what is in work, and end the thread."""
+        """Cancel what is in work, and end the threads."""
         with self._changed:
             self._closed = True
             for ticket in self._open:
                 ticket.cancel()
-        self._inbox.put(None)
-        if self._thread.is_alive():
-            self._thread.join()
+        for replica in self._replicas:
+            replica.stop()
+        for replica in self._replicas:
+            replica.join()
 
     def told(self, token: NewToken) -> ToldToken:
         """Add texts to the ids of a token and of its alternatives."""
@@ -289,7 +306,9 @@ class Service:
     def forget(self, ticket: Ticket, *, given_up: bool) -> None:
         """Count an answer that has left the engine."""
         assert ticket.job is not None
+        assert ticket.replica is not None
         with self._changed:
+            ticket.replica.open -= 1
             self._open.discard(ticket)
             self._telling += 1
             self._new_tokens += ticket.job.made_tokens
@@ -301,30 +320,13 @@ class Service:
             self._telling -= 1
             self._changed.notify_all()
 
-    def _work(self) -> None:
-        try:
-            with self._precision():
-                self._answer_all()
-        except BaseException:
-            # A defect of ours: everybody hears of it, and so does whoever runs the service.
-            traceback.print_exc(file=sys.stderr)
-            with self._changed:
-                self._closed = True
-                left, self._open = self._open, set()
-                self._failed += len(left)
-                self._changed.notify_all()
-            for ticket in left:
-                ticket.fail()
-
-    def _answer_all(self) -> None:
-        is_stopping, is_busy = False, False
-        while is_busy or not is_stopping:
-            # Sleep while there is nothing to do.
-            while not self._inbox.empty() or not (is_busy or is_stopping):
-                job = self._inbox.get()
-                if job is None:
-                    is_stopping = True
-                else:
-                    self._engine.admit(job)
-                    is_busy = True
-            is_busy = self._engine.step()
+    def _fail(self, replica: Replica) -> None:
+        """Give up the answers of an engine that has failed; the others end theirs."""
+        with self._changed:
+            self._closed = self._is_broken = True
+            left = {ticket for ticket in self._open if ticket.replica is replica}
+            self._open -= left
+            self._failed += len(left)
+            self._changed.notify_all()
+        for ticket in left:
+            ticket.fail()

@@ -22,6 +22,7 @@ class ServiceCollector(Collector):
         stats = self._service.stats()
         for name, value, what in (
             ("slots", stats.slots, "answers that can be made at the same time"),
+            ("replicas", stats.replicas, "engines that are ready"),
             ("busy_slots", stats.busy_slots, "answers that are being made"),
             ("waiting", stats.waiting, "questions that wait for a slot"),
         ):

@@ -7,12 +7,12 @@ import sys
 import pytest
 from conftest import ROOT
 
-from tinyllm_jax.host_memory import keep_freed_memory
+from tinyllm_jax.host import keep_freed_memory
 
 # Works in 64 MB; 4 KiB are a page.
 PROGRAM = """
 import resource, sys
-from tinyllm_jax.host_memory import keep_freed_memory
+from tinyllm_jax.host import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 import jax, jax.numpy as jnp
@@ -40,5 +40,5 @@ def test_a_step_touches_no_fresh_memory_once_it_is_kept():
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
-    monkeypatch.setattr("tinyllm_jax.host_memory.platform.libc_ver", lambda: ("musl", "1"))
+    monkeypatch.setattr("tinyllm_jax.host.platform.libc_ver", lambda: ("musl", "1"))
     assert not keep_freed_memory()

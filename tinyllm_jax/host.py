@@ -1,11 +1,19 @@
-"""Memory of the CPU backend: what a step frees stays with the process for the next one."""
+"""This machine: its cores, and memory that stays with the process from one step to the next."""
 
 import ctypes
+import os
 import platform
 
 # Of mallopt(3), by their numbers in glibc's malloc.h.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX = -1, -2, -4, -8
 LARGEST_INT, PAD_BYTES = 2**31 - 1, 64 << 20
+
+
+def available_cores() -> int:
+    """Count the cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def keep_freed_memory() -> bool:

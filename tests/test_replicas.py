@@ -1,0 +1,90 @@
+"""Engines side by side answer as one does, share weights and fail alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyllm_jax.config import EngineConfig, ServeConfig
+from tinyllm_jax.errors import InputError
+from tinyllm_jax.inference import replicas
+from tinyllm_jax.inference.replicas import best_for_cpu, replica_devices
+from tinyllm_jax.settings import build
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process with two devices found."""
+    path = tmp_path_factory.mktemp("replicas") / "found.json"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "replicas_program.py"), str(path)],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stderr.count("ZeroDivisionError") == 1
+    return json.loads(path.read_text())
+
+
+def test_texts_are_those_of_one_engine(found: dict[str, Any]) -> None:
+    assert found["devices"] == 2
+    assert found["texts"] == found["expected"]
+    assert len({*found["texts"]}) > 15
+    assert found["engines that told"] == ["CpuDevice(id=0)}", "CpuDevice(id=1)}"]
+    assert found["after"] == [8, 0, 0]
+
+
+def test_the_first_engine_answers_while_the_second_is_compiled(found: dict[str, Any]) -> None:
+    assert found["ready at the start"] == 1
+    assert found["while one compiles"]
+
+
+def test_engines_of_a_cpu_read_the_same_weights(found: dict[str, Any]) -> None:
+    assert found["same memory"]
+
+
+def test_an_engine_that_fails_takes_only_its_answers_with_it(found: dict[str, Any]) -> None:
+    assert found["ends"] == found["of the second"]
+    assert {*found["ends"]} == {True, False}
+    assert not found["well"]
+    assert not found["drained"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "slots", "expected"),
+    [(2, 16, 2), (1, 16, 1), (2, 4, 1), (2, 1, 1), (16, 16, 4), (3, 16, 2), (64, 100, 25)],
+)
+def test_a_cpu_has_an_engine_for_each_core_and_few_slots_are_not_divided(
+    cores: int, slots: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas, "available_cores", lambda: cores)
+    assert best_for_cpu(EngineConfig(slots=slots)) == expected
+
+
+def test_a_process_that_made_no_devices_has_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "available_cores", lambda: 2)
+    assert len(replica_devices(EngineConfig(slots=16))) == 1
+
+
+def test_more_replicas_than_devices_are_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"engine.replicas=2 needs as many devices, and there are 1"
+    ):
+        replica_devices(EngineConfig(slots=16, replicas=2))
+
+
+def test_slots_that_cannot_be_divided_are_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"engine.slots=16 is no multiple of engine.replicas=3.* 18"
+    ):
+        build(ServeConfig, [("", {"engine.replicas": 3})])

@@ -134,10 +134,13 @@ def our_server(arguments: argparse.Namespace, shape: ModelConfig) -> None:
         tokenizer = train_tokenizer(
             iter(made_up_lines()), config=TokenizerConfig(), vocab_size=shape.vocab_size
         )
-        model = language_model.LanguageModel(shape, initial_weights(shape, seed=0), tokenizer)
-        language_model.load = lambda _: model
+        # Not before the command asks for it, which first says how many devices a CPU is.
+        language_model.load = lambda _: language_model.LanguageModel(
+            shape, initial_weights(shape, seed=0), tokenizer
+        )
     words = ["--checkpoint", arguments.checkpoint or "random", "--port", "0"]
-    serve.main([*words, "--engine.slots", str(arguments.slots)])
+    words += ["--engine.slots", str(arguments.slots), "--engine.replicas", str(arguments.replicas)]
+    serve.main(words)
 
 
 def transformers_server(shape: ModelConfig, *, tokens: int) -> None:
@@ -216,6 +219,7 @@ def transformers_server(shape: ModelConfig, *, tokens: int) -> None:
 def started(who: str, arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
     """Start a server in a process of its own; gives its port and process id."""
     words = ["--worker", who, "--config", arguments.config, "--slots", str(arguments.slots)]
+    words += ["--replicas", str(arguments.replicas)]
     words += ["--tokens", str(arguments.tokens), "--checkpoint", arguments.checkpoint]
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.serve_load", *words], stderr=subprocess.PIPE, text=True
@@ -295,6 +299,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each answer")
     parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--replicas", type=int, default=0, help="engines; 0 is one for each core")
     parser.add_argument("--servers", nargs="+", choices=list(NAMES), default=list(NAMES))
     parser.add_argument("--json", type=Path, help="file to write the table to")
     parser.add_argument("--worker", choices=list(NAMES), help=argparse.SUPPRESS)

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyllm_jax.config import TokenizerConfig
+from tinyllm_jax.data import sentencepiece_bpe
 from tinyllm_jax.data.bytelevel import BYTE_OF
 from tinyllm_jax.data.sentencepiece_bpe import sample_lines, training_lines
 from tinyllm_jax.data.tokenizer import (
@@ -428,3 +430,29 @@ def test_real_stories_take_about_four_bytes_a_token(shared_data):
     assert [tokenizer.decode(ids) for ids in encoded[:300]] == stories[:300]
     text_bytes = sum(len(story.encode()) for story in stories)
     assert 3.7 < text_bytes / sum(map(len, encoded)) < 4.2
+
+
+@pytest.mark.parametrize(
+    ("count", "setting", "expected"),
+    [(64, None, 7), (64, "true", 7), (63, None, 1), (64, "false", 1), (64, "0", 1)],
+)
+def test_many_texts_go_on_all_cores_where_the_process_is_alone(
+    count: int, setting: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"{number} little dogs" for number in range(count)]
+    tokenizer = train_tokenizer(texts, config=TokenizerConfig(), vocab_size=300)
+    alone = [tokenizer.encode(text) for text in texts]
+    threads: list[int] = []
+    encode = tokenizer._processor.encode
+
+    def counted(*given: Any, num_threads: int, **rest: Any) -> Any:
+        threads.append(num_threads)
+        return encode(*given, num_threads=num_threads, **rest)
+
+    monkeypatch.setattr(tokenizer._processor, "encode", counted)
+    monkeypatch.setattr(sentencepiece_bpe, "available_cores", lambda: 7)
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", setting)
+    assert tokenizer.encode_batch(texts) == alone
+    assert threads == [expected]

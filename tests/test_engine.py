@@ -275,6 +275,21 @@ def test_a_cancelled_request_leaves_its_slot_or_the_queue(engine: Engine) -> Non
     assert {answer.ended for answer in answers[1:-1]} == {"context"}
 
 
+def test_who_is_cancelled_while_others_are_told_hears_of_it_once(engine: Engine) -> None:
+    first, second = Answer(engine, request(4)), Answer(engine, request(4, sample_number=1))
+    while not second.tokens:
+        engine.step()
+    tell = first.job.tell
+
+    def cancel_the_other(news: News) -> None:
+        second.job.cancel()
+        tell(news)
+
+    first.job.tell = cancel_the_other
+    finish(engine)
+    assert (first.ended, second.ended) == ("context", "cancelled")
+
+
 def test_a_slot_that_was_cancelled_does_not_disturb_the_next(engine: Engine) -> None:
     expected = alone(engine, 1)
     for steps in range(1, 8):

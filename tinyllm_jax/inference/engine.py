@@ -338,11 +338,11 @@ class Engine:
         # Plain Python numbers: reading them one by one from arrays would take longer than making them.
         fetched: Any = _Made(*(each.tolist() for each in jax.device_get(made)))
         for slot, job in working:
-            if job.has_ended:
-                continue
-            if job.cancelled:
-                job.end("cancelled")  # after its slot was given to another
-                continue
+            has_slot = self._slots[slot] is job
+            if job.cancelled and not has_slot and not job.has_ended:
+                job.end("cancelled")
+            if job.cancelled or job.has_ended:
+                continue  # one with a slot leaves it, and is told, at the next step
             count, wanted = fetched.counts[slot], job.request.alternatives
             tokens = []
             for place in range(count):
@@ -367,7 +367,7 @@ class Engine:
             elif job.made_tokens >= job.budget:
                 ended = job.ends_with
             if ended:
-                if self._slots[slot] is job:
+                if has_slot:
                     self._slots[slot] = None
                 job.end(ended, tokens)
             elif tokens:

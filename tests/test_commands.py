@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import SMALL_RUN, Command
+from mode_runs import write_data
 
 from tinyllm_jax import __main__, prepare, tokenizer
+from tinyllm_jax.data.chat_template import CONTROL_TOKENS
 from tinyllm_jax.data.tokenizer import load_tokenizer
 from tinyllm_jax.errors import InputError
 
@@ -29,6 +32,64 @@ def test_prepare_prints_the_account_that_a_run_keeps(capsys, trained_run):
     assert splits["train"]["documents"] + splits["validation"]["documents"] == 400
     assert splits["train"]["tokens"] + splits["validation"]["tokens"] == toy["tokens"]
     assert "Prepared data: " in printed.err
+
+
+@pytest.mark.parametrize(
+    ("mode", "data", "kind"),
+    [("sft", "chat", "conversations"), ("dpo", "pairs", "preferences")],
+)
+def test_prepare_makes_the_rows_of_the_mode(mode, data, kind, capsys, trained_run):
+    write_data(Path())
+    files = ["--data", f"{data}.jsonl", "--data.validation_paths", f"{data}_held.jsonl"]
+    begin = ["--mode", mode, "--init-from", str(trained_run)]
+    assert prepare.main([*begin, *files, "--verify"]) == 0
+    printed = capsys.readouterr()
+    account = json.loads(printed.out)
+    assert account["settings"]["kind"] == kind
+    assert account["splits"]["train"]["learnt_tokens"] > 0
+    tokenizer_of_run = load_tokenizer(trained_run)
+    assert account["vocab_size"] == tokenizer_of_run.vocab_size + len(CONTROL_TOKENS)
+    folder = Path(printed.err.rpartition("Prepared data: ")[2].strip())
+    assert load_tokenizer(folder).hash == account["tokenizer_hash"]
+
+
+def test_prepare_reads_prompts_and_keeps_nothing(capsys, trained_run, prepared_folder):
+    write_data(Path())
+    files = ["--data", "chat.jsonl", "--data.validation_paths", "chat_held.jsonl"]
+    reward = ["--rlhf.reward", "mode_rewards:length"]
+    words = ["--mode", "rlhf", "--init-from", str(trained_run), *files, *reward]
+    before = {*prepared_folder.glob("prepared/*")}
+    assert prepare.main(words) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["splits"]["train"]["prompts"] == 50
+    assert "nothing is kept" in printed.err
+    assert {*prepared_folder.glob("prepared/*")} == before
+    with pytest.raises(InputError, match="--verify: --mode rlhf reads its prompts anew"):
+        prepare.main([*words, "--verify"])
+
+
+def test_prepare_takes_the_tokenizer_of_the_weights_that_a_run_begins_with(capsys, trained_run):
+    Path("new.txt").write_text("<|endoftext|>".join(f"A cow saw {n} hens." for n in range(300)))
+    assert prepare.main([*SMALL_RUN, "--data", "new.txt", "--init-from", str(trained_run)]) == 0
+    account = json.loads(capsys.readouterr().out)
+    assert account["tokenizer_hash"] == load_tokenizer(trained_run).hash
+
+
+def test_prepare_needs_no_jax_for_text_alone():
+    lines = ("import sys", "from tinyllm_jax.prepare import main", f"main({SMALL_RUN})")
+    code = "\n".join([*lines, "assert 'jax' not in sys.modules"])
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("flag", [["--resume", "run"], ["--auto-resume"]])
+def test_prepare_refuses_to_go_on_with_a_run(flag):
+    with pytest.raises(InputError, match="a run that goes on keeps its data. Leave it out"):
+        prepare.main([*SMALL_RUN, *flag])
+
+
+def test_prepare_asks_for_the_model_whose_tokenizer_a_mode_keeps():
+    with pytest.raises(InputError, match="--mode sft goes on from a model. Name it with --init-"):
+        prepare.main(["--mode", "sft", "--data", "toy"])
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytelevel"])

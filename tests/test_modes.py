@@ -28,7 +28,7 @@ from test_resume import stop_at
 from convert import conversion
 from convert.__main__ import main as convert_command
 from convert.tensor_file import read_tensors
-from tinyllm_jax import generate, train
+from tinyllm_jax import generate, prepare, train
 from tinyllm_jax.data.chat_template import CONTROL_TOKENS, ChatTemplate
 from tinyllm_jax.data.prepare_chat import prepare_preferences
 from tinyllm_jax.data.tokenizer import load_tokenizer
@@ -99,6 +99,31 @@ def test_a_run_leaves_metrics_samples_a_report_and_its_settings(name: str) -> No
     settings = json.loads((run / "training_config_snapshot.json").read_text())
     assert settings["run"]["mode"] == MODES[name]["run.mode"]
     assert (run / "reference").is_dir() == (name in HELD)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_prepare_does_beforehand_what_the_run_did(
+    name: str,
+    runs: Path,
+    trained_run: Path,
+    prepared_folder: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def sets() -> dict[Path, int]:
+        return {
+            path: path.stat().st_mtime_ns for path in prepared_folder.glob("prepared/*/manifest*")
+        }
+
+    monkeypatch.chdir(runs)  # with the very files that the run has read
+    before, base = sets(), trained_run if name == "sft" else "sft"
+    settings = {**SHORT, **MODES[name], "run.init_from": base, "run.out": "new"}
+    assert prepare.main(flags_of(settings)) == 0
+    account = json.loads(capsys.readouterr().out)
+    assert account == json.loads(Path(name, "dataset_stats.json").read_text())
+    assert sets() == before  # found, as a run would find what it left
+    assert len(before) > 0
+    assert not Path("new").exists()
 
 
 def test_pairs_are_learnt_the_right_way_round() -> None:

@@ -43,7 +43,8 @@ ONLY_IN_JAX = {
     },
     "training/optim.py": {"read_moments", "write_moments"},  # its state has that form already
     "training/step.py": {"scan_steps", "Fixed"},
-    "training/step_log.py": {"StepLog.add_look"},  # at the layers
+    # looks at the layers; nothing is compiled
+    "training/step_log.py": {"StepLog.add_look", "StepLog.has_compiled"},
 }
 # Rooms that the twin's plain forms need not have, those of runs beyond pretraining, and what many people
 # talk to at once.

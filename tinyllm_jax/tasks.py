@@ -29,6 +29,7 @@ class Task:
     rows_to_learn: float  # of `data.sequence_length` tokens, or pairs, or prompts; once through all
     make_objective: "Callable[[], Objective]"
     asked: Asked  # what the model goes on with whenever the run looks at it
+    prepared: "PreparedData | None" = None  # as token shards; prompts are in memory alone
 
 
 def open_task(config: Config, start: "Start") -> Task:
@@ -64,6 +65,7 @@ def open_pretraining(config: Config, start: "Start") -> Task:
         rows_to_learn=prepared.train.tokens / config.data.sequence_length,
         make_objective=lambda: make_pretraining(config, prepared),
         asked=as_text(config.sampling.prompt, tokenizer),
+        prepared=prepared,
     )
 
 
@@ -86,6 +88,7 @@ def open_fine_tuning(config: Config, start: "Start") -> Task:
         f"{prepared.validation.documents:,} to validate",
         rows_to_learn=rows,
         make_objective=lambda: make_fine_tuning(config, prepared),
+        prepared=prepared,
     )
 
 
@@ -117,6 +120,7 @@ def open_preferences(config: Config, start: "Start") -> Task:
         f"{data.validation.pairs:,} to validate",
         rows_to_learn=data.train.pairs,
         make_objective=make_objective,
+        prepared=data.prepared,
     )
 
 
@@ -137,6 +141,7 @@ def open_rewards(config: Config, start: "Start") -> Task:
         f"{data.validation.pairs:,} to validate",
         rows_to_learn=data.train.pairs,
         make_objective=lambda: make_reward_objective(config, data),
+        prepared=data.prepared,
     )
 
 

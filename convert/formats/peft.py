@@ -59,7 +59,7 @@ def adapters_of(path: Path) -> tuple[Config, Arrays]:
     Raises:
         InputError: it has none, or transformers has no such model.
     """
-    from tinyllm_jax.model.lora import SCORES
+    from tinyllm_jax.model.weights import SCORES
     from tinyllm_jax.training.checkpoint import read_checkpoint
 
     checkpoint = read_checkpoint(path) if orbax.matches(path) else None

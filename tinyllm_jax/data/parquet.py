@@ -76,24 +76,28 @@ def row_groups(path: str, column: str) -> list[RowGroup]:
         InputError: it is no parquet, is damaged, or has no such column of text.
     """
     with open_parquet(path, column) as file:
-        metadata = file.metadata
-        place = column_place(metadata, column)
-        groups = (metadata.row_group(index) for index in range(metadata.num_row_groups))
-        return [
-            RowGroup(group.num_rows, group.column(place).total_uncompressed_size)
-            for group in groups
-        ]
+        return describe_groups(file.metadata, column)
 
 
-def check_sizes(path: str, column: str, *, start: int, stop: int) -> None:
+def describe_groups(metadata: pq.FileMetaData, column: str) -> list[RowGroup]:
+    """List the same for a file whose footer is read."""
+    place = column_place(metadata, column)
+    groups = (metadata.row_group(index) for index in range(metadata.num_row_groups))
+    return [
+        RowGroup(group.num_rows, group.column(place).total_uncompressed_size) for group in groups
+    ]
+
+
+def check_sizes(
+    path: str, metadata: pq.FileMetaData, column: str, *, start: int, stop: int
+) -> None:
     """Refuse row groups in [start, stop) whose pages would take too much memory.
 
     Raises:
         InputError: names the row group and the size.
     """
-    with open_parquet(path, column) as file, open(path, "rb") as content:
-        metadata = file.metadata
-        place = column_place(metadata, column)
+    place = column_place(metadata, column)
+    with open(path, "rb") as content:
         for index in range(start, min(stop, metadata.num_row_groups)):
             chunk = metadata.row_group(index).column(place)
             if chunk.num_values == 0:
@@ -133,13 +137,13 @@ def read_parquet(
     Args:
         on_bad: Called for a row that holds no text; when it returns, the row is left out.
     """
-    groups = row_groups(path, column)
-    check_sizes(path, column, start=start, stop=stop)
-    row = sum(group.rows for group in groups[:start])
-    chosen = groups[start:stop]
-    rows = sum(group.rows for group in chosen)
-    row_bytes = sum(group.text_bytes for group in chosen) // max(rows, 1)
     with open_parquet(path, column) as file:
+        groups = describe_groups(file.metadata, column)
+        check_sizes(path, file.metadata, column, start=start, stop=stop)
+        row = sum(group.rows for group in groups[:start])
+        chosen = groups[start:stop]
+        rows = sum(group.rows for group in chosen)
+        row_bytes = sum(group.text_bytes for group in chosen) // max(rows, 1)
         batches = file.iter_batches(
             batch_size=min(MAX_BATCH_ROWS, max(1, BATCH_BYTES // max(row_bytes, 1))),
             row_groups=list(range(start, stop)),

@@ -17,6 +17,7 @@ from tinyllm_jax.model.attention_rows import (
     block_size,
     goes_row_by_row,
     head_product,
+    visible_keys,
 )
 from tinyllm_jax.model.dropout import dropout
 
@@ -128,10 +129,7 @@ def reference_attention(
     for start in range(0, queries, size):
         end = min(start + size, queries)
         seen = end if causal else keys
-        if mask is None:
-            visible = (jnp.arange(start, end)[:, None] >= jnp.arange(seen)[None, :])[None]
-        else:
-            visible = mask[:, start:end, :seen]
+        visible = visible_keys(mask, start=start, end=end, keys=seen)
         # The queries that share a key head are rows of one product.
         rows = grouped[:, :, :, start:end].reshape(batch, kv_heads, -1, head_dim)
         scores = head_product("bnqd,bnkd->bnqk", rows, key[:, :, :seen])

@@ -49,6 +49,19 @@ def head_product(equation: str, left: Array, right: Array) -> Array:
     )
 
 
+def visible_keys(
+    mask: Bool[Array, "batch query key"] | None, *, start: int, end: int, keys: int
+) -> Bool[Array, "rows block keys"]:
+    """Tell which of the first keys the queries from `start` to `end` may see.
+
+    Args:
+        mask: Of all queries and keys; None is keys 0 to i for query i, said once for all rows.
+    """
+    if mask is None:
+        return (jnp.arange(start, end)[:, None] >= jnp.arange(keys)[None, :])[None]
+    return mask[:, start:end, :keys]
+
+
 @jax.custom_vjp
 def attend_row_by_row(
     query: Float[Array, "batch seq heads head_dim"],
@@ -165,10 +178,8 @@ def _scores(
     end: int,
 ) -> Float[Array, "n r k"]:
     """Match a block of queries with all keys up to its end."""
-    if mask is None:
-        visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
-    else:
-        visible = mask[start:end, :end]
+    mask = None if mask is None else mask[None]
+    visible = visible_keys(mask, start=start, end=end, keys=end)
     scores = head_product("nrd,nkd->nrk", rows, key[:, :end]) * rows.shape[-1] ** -0.5
-    visible = jnp.tile(visible, (rows.shape[1] // (end - start), 1))[None]
+    visible = jnp.tile(visible, (1, rows.shape[1] // (end - start), 1))
     return jnp.where(visible, scores, jnp.finfo(scores.dtype).min)

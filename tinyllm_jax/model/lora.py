@@ -20,11 +20,16 @@ from tinyllm_jax.config import LoraConfig, ModelConfig
 from tinyllm_jax.model.dropout import dropout
 from tinyllm_jax.model.layers import Linear, parameter_dtype
 from tinyllm_jax.model.transformer import DecoderLayer, Transformer
-from tinyllm_jax.model.weights import Weights, count_parameters, split_weights
+from tinyllm_jax.model.weights import (
+    EMBEDDING,
+    HEAD,
+    SCORES,
+    Weights,
+    count_parameters,
+    split_weights,
+)
 
 A, B = ".lora_A.kernel", ".lora_B.kernel"
-SCORES = "score.kernel"
-VOCABULARY = ("embed_tokens.weight", "lm_head.kernel")
 
 
 class LoraLinear(Linear):
@@ -83,7 +88,7 @@ def trained_names(config: ModelConfig, lora: LoraConfig) -> list[str]:
     With `lora.embeddings` the rows of tokens, too.
     """
     _, shapes = adapted_structure(config, lora)
-    others = {SCORES, *(VOCABULARY if lora.embeddings else ())}
+    others = {SCORES, *((EMBEDDING, HEAD) if lora.embeddings else ())}
     return [name for name in shapes if is_adapter(name) or name in others]
 
 

@@ -10,6 +10,8 @@ from tinyllm_jax.config import ModelConfig
 from tinyllm_jax.model.transformer import Transformer
 
 Weights = dict[str, jax.Array]
+# Rows of the vocabulary, as tokens along the first axis or along the last, and what scores a position.
+EMBEDDING, HEAD, SCORES = "embed_tokens.weight", "lm_head.kernel", "score.kernel"
 
 
 def split_weights(model: Transformer) -> tuple[nnx.GraphDef, Weights]:

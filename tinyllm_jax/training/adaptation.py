@@ -8,10 +8,8 @@ import numpy as np
 from tinyllm_jax.config import Config
 from tinyllm_jax.data.chat_template import CONTROL_TOKENS
 from tinyllm_jax.data.tokenizer import extend_tokenizer
+from tinyllm_jax.model.weights import EMBEDDING, HEAD, SCORES
 from tinyllm_jax.training.checkpoint import Checkpoint
-
-# Rows of the vocabulary, as tokens along the first axis or along the last.
-EMBEDDING, HEAD, SCORES = "embed_tokens.weight", "lm_head.kernel", "score.kernel"
 
 
 def needs_scores(mode: str, algorithm: str) -> bool:

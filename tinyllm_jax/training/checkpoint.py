@@ -49,6 +49,7 @@ from tinyllm_jax.training.step_folders import (
     find_checkpoint,
     finish_step_folder,
     remove_while_written,
+    run_of,
 )
 from tinyllm_jax.training.weight_shapes import check_weights, trained_shapes
 
@@ -216,7 +217,7 @@ def find_adapted(folder: Path) -> Path:
     Raises:
         InputError: it is not in the run folder, or damaged.
     """
-    run = folder.parents[1] if folder.parent.name == "checkpoints" else folder
+    run = run_of(folder) or folder
     problem = damage(run / REFERENCE) if (run / REFERENCE).is_dir() else "it is not there"
     if problem:
         raise InputError(

@@ -101,6 +101,10 @@ class Hosts:
             work()
         self.meet()
 
+    def first_tells(self, work: Callable[[], str]) -> str:
+        """Let process 0 do what is done once, and give all what it says."""
+        return self.share(work() if self.is_first else "")[0]
+
     def in_turn(self, work: Callable[[], T]) -> T:
         """Let process 0 do something, and then all others, who may find it done."""
         if not self.is_first:

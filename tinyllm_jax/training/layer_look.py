@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from tinyllm_jax.config import Config
 from tinyllm_jax.model.attention import segment_mask
-from tinyllm_jax.model.attention_rows import block_size, head_product
+from tinyllm_jax.model.attention_rows import block_size, head_product, visible_keys
 from tinyllm_jax.model.layers import compute_dtype
 from tinyllm_jax.model.placement import placement
 from tinyllm_jax.model.rope import rope_tables
@@ -160,10 +160,7 @@ def largest_logit(
     key, size, found = key.transpose(0, 2, 1, 3), block_size(queries), []
     for start in range(0, queries, size):
         end = min(start + size, queries)
-        if mask is None:
-            visible = (jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :])[None]
-        else:
-            visible = mask[:, start:end, :end]
+        visible = visible_keys(mask, start=start, end=end, keys=end)
         rows = grouped[:, :, :, start:end].reshape(batch, kv_heads, -1, head_dim)
         scores = head_product("bnqd,bnkd->bnqk", rows, key[:, :, :end])
         scores = scores.reshape(batch, heads, end - start, end) * head_dim**-0.5

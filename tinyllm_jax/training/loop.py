@@ -19,13 +19,13 @@ from tinyllm_jax.data.files import sha256_of_file
 from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.model.weights import Weights
 from tinyllm_jax.training.adapters import make_whole, trained_structure
-from tinyllm_jax.training.checkpoint import read_checkpoint, save_checkpoint
+from tinyllm_jax.training.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from tinyllm_jax.training.distributed import Hosts, hosts, stop_together
 from tinyllm_jax.training.figures import LOSS, Figure
 from tinyllm_jax.training.layer_look import is_layer_look, make_layer_look
 from tinyllm_jax.training.loggers import open_loggers
 from tinyllm_jax.training.metrics import MetricsFile
-from tinyllm_jax.training.monitor import Monitor
+from tinyllm_jax.training.monitor import Monitor, Trouble
 from tinyllm_jax.training.parallel import Parallel
 from tinyllm_jax.training.profile import Profile
 from tinyllm_jax.training.progress import Progress, Silent
@@ -156,25 +156,16 @@ def fit(
         sample: Writes a continuation with the weights, at each evaluation.
         look_first: Evaluate before the first step, too, to compare with what the weights came with.
     """
-    here, corpus, rollouts = hosts(), objective.corpus, objective.rollouts
-    train_steps = parallel.compile_train_steps(
-        scan_steps(
-            make_train_step(
-                config,
-                trained_structure(config),
-                objective.loss_sums,
-                objective.loss_weight,
-                corpus.read_rows if corpus else None,
-            )
-        )
-    )
-    evaluation_step = parallel.compile_evaluation_step(
-        make_evaluation_step(structure, objective.loss_sums, objective.loss_weight)
-    )
-    settings, first_step = config.train, int(state.step)
+    here, corpus, first_step = hosts(), objective.corpus, int(state.step)
+    sums = (objective.loss_sums, objective.loss_weight)
+    read_rows = corpus.read_rows if corpus else None
+    train_step = make_train_step(config, trained_structure(config), *sums, read_rows)
+    train_steps = parallel.compile_train_steps(scan_steps(train_step))
+    look_at_layers = parallel.compile_evaluation_step(make_layer_look(config, *sums, read_rows))
+    evaluation_step = parallel.compile_evaluation_step(make_evaluation_step(structure, *sums))
     fixed = Fixed(frozen, parallel.place_corpus(corpus.arrays) if corpus else {})
     whole = make_whole(config, frozen, parallel)
-    nonfinite = ""
+    settings, nonfinite = config.train, ""
     shown = Progress if here.is_first else Silent
     with (
         here.first_writes(folder) as notes,
@@ -184,21 +175,11 @@ def fit(
             config, folder, past := metrics.rows(), writes=here.is_first, say=progress.note
         ) as loggers,
         stop_together() as wish,
-        _Feed(
-            objective, config, parallel, Course(config, past=past), first_step=first_step
-        ) as feed,
+        _Feed(objective, config, parallel, past, first_step=first_step) as feed,
     ):
+        metrics.send_to(loggers)
         profile = Profile(notes, steps=config.run.profile, progress=progress)
         monitor = Monitor(config, past=past, note=progress.note)
-        metrics.send_to(loggers)
-        look_at_layers = parallel.compile_evaluation_step(
-            make_layer_look(
-                config,
-                objective.loss_sums,
-                objective.loss_weight,
-                corpus.read_rows if corpus else None,
-            )
-        )
         log = StepLog(
             notes,
             config=config,
@@ -210,62 +191,44 @@ def fit(
             metrics=metrics,
             progress=progress,
         )
-        looks = _Looks(objective, evaluation_step, parallel, sample, metrics, progress, best)
+        looks = _Looks(objective, evaluation_step, parallel, sample, metrics, progress)
+        checkpoints = _Checkpoints(folder, config, identity, feed.course, metrics, best)
         if here.is_first:
             write_report(folder, goes_on=True)
         if look_first:
             looks.look(whole(state.weights), first_step)
-            looks.best = best  # of which there is a checkpoint
         if config.monitor.rewinds > 0 and not step_folders(folder):
-            # So that there is one to go back to from the first.
-            _save(folder, state, feed.course.write_into(config), identity, best=None, is_best=False)
-        sizes: set[int] = set()  # of dispatches; each size is a program, and 0 a look at the layers
+            checkpoints.save(state)  # so that there is one to go back to from the first
         for steps in feed:
-            asked = time.perf_counter()
+            step, asked = steps[-1], time.perf_counter()
             if feed.is_rollout_due(steps):
                 log.write(leave=0)
                 metrics.write([feed.roll_out(steps, whole(state.weights))])
             batch = feed.take(steps)
             waited_seconds = time.perf_counter() - asked
             if is_layer_look(config, steps):
-                found = look_at_layers((state, fixed), batch)
-                log.add_look(steps[0], found)
-                if 0 not in sizes:
-                    jax.block_until_ready(found)
-                    sizes.add(0)
-                    log.restart_clock()
-            profile.before(compiled=len(steps) in sizes)
+                log.add_look(steps[0], look_at_layers((state, fixed), batch))
+            profile.before(compiled=log.has_compiled(steps))
             state, numbers = train_steps(state, batch, fixed)
             profile.after(steps, numbers)
-            step = steps[-1]
-            log.add(steps, numbers, waited_seconds=waited_seconds)
             progress.advance(step)
-            if len(steps) not in sizes:
-                jax.block_until_ready(numbers)  # compiled: only now the clock means something
-                sizes.add(len(steps))
-                log.restart_clock()
+            log.add(steps, numbers, waited_seconds=waited_seconds)
             log.write_due(steps)
+
             is_end = step == settings.max_steps
             is_look = is_end or step % settings.eval_interval_steps == 0
             is_save = is_end or step % config.checkpoint.interval_steps == 0
-            # A checkpoint between the steps that learn from the same answers would lose these.
-            may_stop = rollouts is None or step % rollouts.steps == 0
-            is_stop = wish.reached() and may_stop
+            is_stop = wish.reached() and feed.may_stop(step)
             if is_look or is_save or is_stop:
                 log.write(leave=0)
             if trouble := monitor.trouble:
-                chosen = go_back(
-                    *(folder, config, trouble, feed.course, monitor, metrics, progress),
-                    once=lambda work: here.share(work() if here.is_first else "")[0],
-                )
-                if chosen is None:
+                earlier = checkpoints.go_back(trouble, monitor, progress)
+                if earlier is None:
                     nonfinite = describe_no_rewind(config, trouble, rewinds=monitor.rewinds)
                     is_stop = True
                 else:
-                    path, looks.best = chosen
-                    back = read_checkpoint(path)
-                    state = restored_state(back, config, parallel)
-                    feed.go_back(back.step)
+                    state = restored_state(earlier, config, parallel)
+                    feed.go_back(earlier.step)
                     log.forget()
                     loggers.begin(metrics.rows(), config)
                 if here.is_first:
@@ -273,23 +236,22 @@ def fit(
                 if is_stop:
                     break
                 continue
-            if log.longest_streak >= settings.max_nonfinite_steps and may_stop:
+            if log.longest_streak >= settings.max_nonfinite_steps and feed.may_stop(step):
                 log.write(leave=0)
                 nonfinite = describe_nonfinite(step, streak=log.longest_streak)
                 is_stop = True
             if is_look or is_save or is_stop:
-                improved = is_look and looks.look(whole(state.weights), step)
-                if is_save or is_stop or improved:
-                    metrics.flush_to_disk()
-                    kept = feed.course.write_into(config)
-                    _save(folder, state, kept, identity, best=looks.best, is_best=improved)
+                loss = looks.look(whole(state.weights), step) if is_look else math.inf
+                is_best = checkpoints.is_new_best(loss, step)
+                if is_save or is_stop or is_best:
+                    checkpoints.save(state, is_best=is_best)
                 if here.is_first:
                     write_report(folder, goes_on=not (is_end or is_stop))
                 log.restart_clock()
             if is_stop:
                 break
         profile.close()
-    return Outcome(state, looks.best, wish.received, nonfinite)
+    return Outcome(state, checkpoints.best, wish.received, nonfinite)
 
 
 class _Feed:
@@ -300,7 +262,7 @@ class _Feed:
         objective: Objective,
         config: Config,
         parallel: Parallel,
-        course: Course,
+        past: Iterable[Mapping[str, Any]],
         *,
         first_step: int,
     ):
@@ -308,7 +270,7 @@ class _Feed:
         self._config, self._passes = config, config.train.gradient_accumulation_steps
         self._own_rows = parallel.own_rows(passes=self._passes)
         self._rolled: HostBatch = {}
-        self.course = course
+        self.course = Course(config, past=past)
         self._begin(first_step)
 
     def _begin(self, first_step: int) -> None:
@@ -342,9 +304,16 @@ class _Feed:
             batches = [self._objective.train_batch(number, self._own_rows) for number in numbers]
         return self._parallel.place_steps(batches, passes=self._passes)
 
+    def may_stop(self, step: int) -> bool:
+        """Tell whether a run may end after a step.
+
+        A checkpoint between the steps that learn from the same answers would lose these.
+        """
+        return self._rollouts is None or step % self._rollouts.steps == 0
+
     def is_rollout_due(self, steps: range) -> bool:
         """Tell whether these steps are the first to learn from new answers."""
-        return self._rollouts is not None and (steps[0] - 1) % self._rollouts.steps == 0
+        return self._rollouts is not None and self.may_stop(steps[0] - 1)
 
     def roll_out(self, steps: range, weights: Weights) -> dict[str, Any]:
         """Make the batch of these and the next steps, and give the row that tells of it."""
@@ -364,7 +333,7 @@ class _Feed:
 
 
 class _Looks:
-    """Evaluates and samples, and remembers the best."""
+    """Evaluates and samples."""
 
     def __init__(
         self,
@@ -373,16 +342,14 @@ class _Looks:
         parallel: Parallel,
         sample: Callable[[Weights], str],
         metrics: MetricsFile,
-        progress: Progress | Silent,
-        best: dict[str, Any] | None,
+        progress: Progress,
     ):
         self._objective, self._evaluation_step = objective, evaluation_step
         self._parallel, self._sample = parallel, sample
         self._metrics, self._progress = metrics, progress
-        self.best = best
 
-    def look(self, weights: Weights, step: int) -> bool:
-        """Evaluate and sample; tell whether the loss is the lowest so far."""
+    def look(self, weights: Weights, step: int) -> float:
+        """Evaluate and sample, tell what was found, and give the loss."""
         means, text = self._measure(weights)
         loss = means["loss"]
         described = self._objective.describe_loss(loss)
@@ -395,10 +362,7 @@ class _Looks:
         )
         figure = self._objective.figure.say(loss)
         self._progress.show_evaluation(step=step, figure=figure, described=described, text=text)
-        if not math.isfinite(loss) or (self.best is not None and loss >= self.best["loss"]):
-            return False
-        self.best = {"step": step, "loss": loss}
-        return True
+        return loss
 
     def _measure(self, weights: Weights) -> tuple[dict[str, Any], str]:
         objective, parallel = self._objective, self._parallel
@@ -409,34 +373,65 @@ class _Looks:
         return means, self._sample(parallel.one_copy(weights))
 
 
-def _save(
-    folder: Path,
-    state: TrainState,
-    config: Config,
-    identity: Identity,
-    *,
-    best: dict[str, Any] | None,
-    is_best: bool,
-) -> None:
-    """Write a checkpoint, name it the best if it is, and remove those that are too many.
+class _Checkpoints:
+    """Those of a run: the newest, and the one with the lowest validation loss."""
 
-    While steps fail, none are removed in a run that may have to go back to before the first of them.
-    """
-    save_checkpoint(
-        folder,
-        state,
-        config=config,
-        tokenizer=identity.tokenizer,
-        dataset_hash=identity.dataset_hash,
-        best=best,
-    )
-    if not hosts().is_first:
-        return
-    if is_best:
-        mark_best(folder, int(state.step))
-    best_step = best["step"] if best else None
-    if config.monitor.rewinds == 0 or int(state.nonfinite_streak) == 0:
-        prune_checkpoints(folder, keep=config.checkpoint.keep, best_step=best_step)
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        identity: Identity,
+        course: Course,
+        metrics: MetricsFile,
+        best: dict[str, Any] | None,
+    ):
+        self._folder, self._config, self._identity = folder, config, identity
+        self._course, self._metrics = course, metrics
+        self.best = best
+
+    def is_new_best(self, loss: float, step: int) -> bool:
+        """Tell whether a loss is the lowest so far, and remember it if so."""
+        if not math.isfinite(loss) or (self.best is not None and loss >= self.best["loss"]):
+            return False
+        self.best = {"step": step, "loss": loss}
+        return True
+
+    def save(self, state: TrainState, *, is_best: bool = False) -> None:
+        """Write a checkpoint, name it the best if it is, and remove those that are too many.
+
+        While steps fail, none are removed in a run that may have to go back to before the first of
+        them.
+        """
+        self._metrics.flush_to_disk()
+        save_checkpoint(
+            self._folder,
+            state,
+            config=self._course.write_into(self._config),
+            tokenizer=self._identity.tokenizer,
+            dataset_hash=self._identity.dataset_hash,
+            best=self.best,
+        )
+        if not hosts().is_first:
+            return
+        if is_best:
+            mark_best(self._folder, int(state.step))
+        if self._config.monitor.rewinds == 0 or int(state.nonfinite_streak) == 0:
+            best_step = self.best["step"] if self.best else None
+            prune_checkpoints(self._folder, keep=self._config.checkpoint.keep, best_step=best_step)
+
+    def go_back(self, trouble: Trouble, monitor: Monitor, progress: Progress) -> Checkpoint | None:
+        """Take the run, but its state, back to a checkpoint from before some trouble, and read that.
+
+        None where that may not be done again, or cannot.
+        """
+        chosen = go_back(
+            *(self._folder, self._config, trouble, self._course, monitor, self._metrics, progress),
+            once=hosts().first_tells,
+        )
+        if chosen is None:
+            return None
+        path, self.best = chosen
+        return read_checkpoint(path)
 
 
 def _same_rows(folder: Path, notes: Path, here: Hosts) -> Path:

@@ -24,6 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
 from tinyllm_jax.model.placement import Placement
+from tinyllm_jax.model.weights import EMBEDDING
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")  # what divides the rows of a pass
@@ -47,7 +48,7 @@ SPECS = {
     r"(\w+_layernorm|self_attn\.[qk]_norm|norm)\.weight": PartitionSpec(),
 }
 IN_BLOCK = re.compile(r"layers\.\d+\.")
-EXPERTS, EMBEDDING = "mlp.experts.", "embed_tokens.weight"
+EXPERTS = "mlp.experts."
 
 
 def weight_spec(name: str) -> PartitionSpec:

@@ -55,7 +55,7 @@ from tinyllm_jax.training.start_rules import (
     settings_of,
 )
 from tinyllm_jax.training.step import TrainState, new_state
-from tinyllm_jax.training.step_folders import REFERENCE, damage, mark_best, step_folders
+from tinyllm_jax.training.step_folders import REFERENCE, damage, mark_best, run_of, step_folders
 
 # Of each way to learn; all but the first take the model over from a checkpoint.
 DEFAULT_PRESETS = {
@@ -327,13 +327,9 @@ def open_folder(start: Start, prepared: RunData, *, say: Callable[[str], None]) 
     """Make the run folder ready: an older run is set aside, a resumed one goes on."""
     folder, resumed = start.folder, start.resumed
     metrics, remark, starts = [], "", []
-    if resumed and resumed.folder.parent.name == "checkpoints":
-        starts = read_starts(resumed.folder.parents[1])
-        metrics, remark = rows_leading_to(
-            read_metrics(resumed.folder.parents[1] / "metrics.jsonl"),
-            resumed.config,
-            step=resumed.step,
-        )
+    if resumed and (run := run_of(resumed.folder)):
+        starts, metrics = read_starts(run), read_metrics(run / "metrics.jsonl")
+        metrics, remark = rows_leading_to(metrics, resumed.config, step=resumed.step)
     if remark:
         say(remark)
     goes_on = resumed is not None and is_run_of(resumed, folder)

@@ -27,6 +27,11 @@ def step_folders(run: Path) -> list[tuple[int, Path]]:
     return sorted((int(path.name), path) for path in paths if re.fullmatch("[0-9]+", path.name))
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """Give the run folder that a checkpoint lies in as one of its steps; None where it lies elsewhere."""
+    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else None
+
+
 def finish_step_folder(partial: Path, folder: Path) -> None:
     """Give a step folder its checksums and its name, once every byte of it is on the disk.
 

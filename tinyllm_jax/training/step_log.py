@@ -52,6 +52,8 @@ class StepLog:
         self._metrics, self._progress = metrics, progress
         self._describe_step, self._course, self._monitor = describe_step, course, monitor
         self._peak_flops = peak_flops(devices=devices)
+        # Sizes of dispatches; each is a program. A look at the layers is one, too, under 0.
+        self._compiled: set[int] = set()
         self.forget()
 
     def forget(self) -> None:
@@ -76,10 +78,23 @@ class StepLog:
         """
         self._pending.append((steps, numbers))
         self._waited_seconds += waited_seconds
+        self._leave_out_compiling(len(steps), numbers)
 
     def add_look(self, step: int, numbers: dict[str, dict[str, jax.Array]]) -> None:
         """Take what a look at the layers found, as numbers by layer."""
         self._looks[step] = numbers
+        self._leave_out_compiling(0, numbers)
+
+    def has_compiled(self, steps: range) -> bool:
+        """Tell whether a dispatch finds its program compiled, as one of its size came before."""
+        return len(steps) in self._compiled
+
+    def _leave_out_compiling(self, size: int, numbers: Any) -> None:
+        """Wait for the first dispatch of a size: only now the clock means something."""
+        if size not in self._compiled:
+            jax.block_until_ready(numbers)
+            self._compiled.add(size)
+            self.restart_clock()
 
     def write_due(self, steps: range) -> None:
         """Write finished steps if it is time to; those just handed over are left to the device."""

@@ -26,7 +26,7 @@ from tinyllm_jax.training.start_rules import (
     is_run_of,
     settings_of,
 )
-from tinyllm_jax.training.step_folders import step_folders
+from tinyllm_jax.training.step_folders import run_of, step_folders
 from tinyllm_torch.model.weights import as_tensors, initial_weights
 from tinyllm_torch.training.checkpoint import Checkpoint, open_checkpoint
 from tinyllm_torch.training.devices import default_device, describe_device
@@ -83,8 +83,8 @@ def find_start(
     folder = Path(run.out) if run.out else Path("checkpoints") / f"{run.mode}_{name}_torch"
     if run.resume not in ("", "none"):
         resumed = resumed or open_checkpoint(Path(run.resume), on_damaged=say)
-        if not run.out and resumed.is_own and resumed.folder.parent.name == "checkpoints":
-            folder = resumed.folder.parents[1]
+        if not run.out and resumed.is_own:
+            folder = run_of(resumed.folder) or folder
     elif run.auto_resume and run.resume != "none" and step_folders(folder):
         resumed = open_checkpoint(folder, on_damaged=say)
     initial = None
@@ -138,11 +138,12 @@ def open_folder(start: Start, prepared: PreparedData, *, say: Callable[[str], No
     """Make the run folder ready."""
     folder, resumed = start.folder, start.resumed
     folder.mkdir(parents=True, exist_ok=True)
-    if resumed and resumed.folder.parent.name == "checkpoints":
-        rows = read_metrics(resumed.folder.parents[1] / "metrics.jsonl")
-        rows, remark = rows_leading_to(rows, resumed.config, step=resumed.step)
-        if remark or (rows and not is_run_of(resumed, folder)):
-            write_metrics(folder / "metrics.jsonl", rows)
+    starts = []
+    if resumed and (run := run_of(resumed.folder)):
+        starts, metrics = read_starts(run), read_metrics(run / "metrics.jsonl")
+        metrics, remark = rows_leading_to(metrics, resumed.config, step=resumed.step)
+        if remark or (metrics and not is_run_of(resumed, folder)):
+            write_metrics(folder / "metrics.jsonl", metrics)
         if remark:
             say(remark)
     prepared.tokenizer.save(folder)
@@ -150,9 +151,6 @@ def open_folder(start: Start, prepared: PreparedData, *, say: Callable[[str], No
     write_file(folder / "dataset_stats.json", stats.encode())
     snapshot = json.dumps(config_to_table(start.config), indent=1)
     write_file(folder / SNAPSHOT, snapshot.encode())
-    starts = []
-    if resumed and resumed.folder.parent.name == "checkpoints":
-        starts = read_starts(resumed.folder.parents[1])
     add_start(
         folder,
         earlier=starts,

@@ -352,6 +352,29 @@ def test_seeds_give_reproducible_and_different_weights() -> None:
         assert "norm" in name or not np.array_equal(weight, other[name])
 
 
+# The first, the second and the last number of some weights.
+DRAWN = {
+    "embed_tokens.weight": [0.0200802851, -0.0181267429, -0.0126837399],
+    "layers.0.self_attn.q_proj.kernel": [-0.0488491133, -0.0407136120, 0.0024915061],
+    "layers.1.mlp.down_proj.kernel": [-0.0093742087, -0.0190245956, -0.0062068412],
+}
+
+
+def test_a_seed_gives_the_weights_that_it_always_gave() -> None:
+    weights = initial_weights(SMALL, seed=0)
+    for name, expected in DRAWN.items():
+        actual = np.asarray(weights[name]).ravel()[[0, 1, -1]]
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, err_msg=name)
+
+
+def test_weights_drawn_one_by_one_are_those_of_a_program_that_draws_them_all() -> None:
+    one_by_one = initial_weights(SMALL, seed=0)
+    together = jax.jit(lambda: initial_weights(SMALL, seed=0))()
+    assert together.keys() == one_by_one.keys()
+    for name, weight in one_by_one.items():
+        np.testing.assert_array_equal(together[name], weight, err_msg=name)
+
+
 def test_weights_taken_apart_and_put_together_are_the_same_model() -> None:
     model = Transformer(SMALL, rngs=nnx.Rngs(params=0))
     structure, weights = split_weights(model)

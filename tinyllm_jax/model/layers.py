@@ -5,6 +5,7 @@ Letters: r row (one token of the batch), e input width, f output width.
 Source: RMSNorm: Zhang and Sennrich 2019, arXiv:1910.07467; SwiGLU: Shazeer 2020, arXiv:2002.05202.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -34,6 +35,14 @@ def matmul_precision(dtype: jnp.dtype) -> Precision:
     return Precision.DEFAULT if dtype == jnp.bfloat16 else Precision.HIGHEST
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "std", "dtype"))
+def draw(
+    key: PRNGKeyArray, shape: tuple[int, ...], *, std: float, dtype: jnp.dtype
+) -> Float[Array, "..."]:
+    """Draw a first weight around 0, in a program that all weights of this shape share."""
+    return std * jax.random.normal(key, shape, dtype)
+
+
 @jax.custom_vjp
 def _turned_gradient(kernel: Array) -> Array:
     """Give the matrix itself, whose gradient XLA is to make with the matrix turned around.
@@ -56,8 +65,7 @@ class Linear(nnx.Module):
     def __init__(
         self, in_size: int, out_size: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        noise = jax.random.normal(rngs.params(), (in_size, out_size), dtype)
-        self.kernel = nnx.Param(std * noise)
+        self.kernel = nnx.Param(draw(rngs.params(), (in_size, out_size), std=std, dtype=dtype))
 
     def __call__(
         self, x: Float[Array, "batch seq in"], *, adapter_key: PRNGKeyArray | None = None
@@ -81,7 +89,7 @@ class Embedding(nnx.Module):
     """Table of one vector for each token."""
 
     def __init__(self, rows: int, size: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (rows, size), dtype))
+        self.weight = nnx.Param(draw(rngs.params(), (rows, size), std=std, dtype=dtype))
 
     def __call__(
         self, tokens: Int[Array, "batch seq"], *, dtype: jnp.dtype

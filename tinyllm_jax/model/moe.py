@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tinyllm_jax.config import ModelConfig
 from tinyllm_jax.model.dropout import dropout
 from tinyllm_jax.model.grouped_dot import grouped_dot
-from tinyllm_jax.model.layers import MLP, Linear, matmul_precision, parameter_dtype
+from tinyllm_jax.model.layers import MLP, Linear, draw, matmul_precision, parameter_dtype
 from tinyllm_jax.model.placement import placement
 
 # The end of a router's name among the weights.
@@ -43,8 +43,8 @@ class ExpertLinear(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        noise = jax.random.normal(rngs.params(), (experts, in_size, out_size), dtype)
-        self.kernel = nnx.Param(std * noise)
+        shape = (experts, in_size, out_size)
+        self.kernel = nnx.Param(draw(rngs.params(), shape, std=std, dtype=dtype))
 
     def __call__(
         self, rows: Float[Array, "rows in"], group_sizes: Int[Array, "experts"]

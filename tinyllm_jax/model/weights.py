@@ -46,12 +46,12 @@ def model_structure(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, jax.Sh
 
 
 def initial_weights(config: ModelConfig, *, seed: int) -> Weights:
-    """Draw the initial weights, in one compiled program."""
+    """Draw the initial weights one after another, or inside a program of the caller's.
 
-    def build(key: jax.Array) -> Weights:
-        return split_weights(Transformer(config, rngs=nnx.Rngs(params=key)))[1]
-
-    return jax.jit(build)(jax.random.key(seed))
+    A program of all would compile for half a minute with 20 layers, where those of their few shapes
+    take a second or two.
+    """
+    return split_weights(Transformer(config, rngs=nnx.Rngs(params=jax.random.key(seed))))[1]
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:

@@ -49,7 +49,7 @@ BINARIES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 # The files that take longest, which begin first, so that two workers end at about the same time.
 LONGEST = [
-    *("presets", "lora", "tiny", "hosts", "settings_reach", "faults", "modes", "mode_settings"),
+    *("presets", "lora", "tiny", "hosts", "settings_reach", "modes", "mode_settings"),
     *("sharding", "page", "resume", "model", "step", "switch", "expert_runs", "serve_command"),
     *("convert_family_runs", "train", "ray", "monitor", "policy_losses", "chat_command"),
     *("convert_hostile", "rollouts", "verify_resume", "optim", "parity_training", "dispatch"),

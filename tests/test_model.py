@@ -42,6 +42,8 @@ from tinyllm_jax.model.weights import (
 )
 from tinyllm_jax.objectives.pretrain import next_token_loss
 
+COMPILED_PLAINLY = True
+
 TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab_size, (2, 13))
 
 
@@ -72,6 +74,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_gradients_equal_transformers(shape: str) -> None:
     config = changed(SMALL, compute_dtype="float64", **SHAPES[shape])
@@ -232,6 +235,7 @@ def test_stretched_frequencies_are_those_of_transformers(
         assert kept.max() == pytest.approx(1.0, rel=1e-9), "the fastest pair stays"
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("fields", STRETCHED, ids=str)
 def test_a_model_with_stretched_positions_is_transformers_llama(fields: dict[str, Any]) -> None:
     config = changed(SMALL, compute_dtype="float64", **fields)

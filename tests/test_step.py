@@ -17,6 +17,8 @@ from tinyllm_jax.objectives.pretrain import count_targets, next_token_loss
 from tinyllm_jax.settings import build
 from tinyllm_jax.training.step import make_evaluation_step, make_train_step, new_state
 
+COMPILED_PLAINLY = True
+
 SHAPE = {
     "model.vocab_size": 64,
     "model.hidden_size": 16,
@@ -54,6 +56,7 @@ def stepper(config: Config) -> Any:
     return jax.jit(make_train_step(config, structure, next_token_loss, count_targets))
 
 
+@pytest.mark.usefixtures("optimized")
 def test_cross_entropy_equals_torch_also_for_huge_logits():
     numbers = np.random.default_rng(0)
     logits = numbers.normal(size=(3, 5, 11)).astype(np.float32) * 50

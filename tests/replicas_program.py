@@ -22,16 +22,23 @@ PROMPTS = ["One day", "", "Tim", "The dog and", "A small girl saw a"]
 DRAWN = SamplingConfig(temperature=1.0, max_new_tokens=60)
 
 
-def ask_all(service: Service) -> list[Asker]:
+def ask_all(service: Service, *, count: int = 20, **fields: Any) -> list[Asker]:
     """Ask for more answers than there are slots, each with a seed of its own."""
     return [
         Asker(
             service,
             PROMPTS[number % len(PROMPTS)],
-            sampling=dataclasses.replace(DRAWN, seed=number),
+            sampling=dataclasses.replace(DRAWN, seed=number, **fields),
         )
-        for number in range(20)
+        for number in range(count)
     ]
+
+
+def waits_beside_a_free_slot(service: Service) -> bool:
+    """Tell whether a question waits while an engine has less to do than it could."""
+    with service._changed:
+        free = any(replica.open < replica.engine.slots for replica in service._replicas)
+        return bool(service._waiting) and free
 
 
 def wait_until_ready(service: Service) -> None:
@@ -77,9 +84,31 @@ def main() -> dict[str, Any]:
     stats = service.stats()
     found["after"] = (stats.slots, stats.busy_slots, stats.waiting)
 
-    second = service._replicas[1]
-    second.engine._tell = lambda *_: 1 / 0  # type: ignore[method-assign]
-    asked = ask_all(service)[:8]
+    asked = [
+        asker
+        for _ in range(10)
+        for tokens in (1, 60)
+        for asker in ask_all(service, count=2, max_new_tokens=tokens)
+    ]
+    waited = False
+    while not all(asker.done.wait(0.001) for asker in asked):
+        waited |= waits_beside_a_free_slot(service)
+    found["waited beside a free slot"] = waited
+    asked = ask_all(service, count=30)
+    asked[-1].ticket.cancel()  # no engine has it yet
+    found["cancelled in the queue"] = (asked[-1].ticket.replica is None, asked[-1].wait())
+    for asker in asked:
+        asker.wait()
+
+    second, all_are_asked = service._replicas[1], threading.Event()
+
+    def fail(*_: Any) -> None:
+        all_are_asked.wait(WAIT_SECONDS)
+        raise ZeroDivisionError
+
+    second.engine._tell = fail  # type: ignore[method-assign]
+    asked = ask_all(service, count=8)
+    all_are_asked.set()
     found["ends"] = [(asker.wait(), asker.ended)[1] == "failed" for asker in asked]
     found["of the second"] = [asker.ticket.replica is second for asker in asked]
     found["well"] = service.is_well

@@ -241,6 +241,25 @@ def test_a_slot_is_given_on_with_the_dispatch_that_makes_its_last_token(engine: 
         assert {other.ended for other in others} == {"length"}
 
 
+def test_an_answer_counts_as_work_until_it_has_ended(engine: Engine) -> None:
+    counted: list[int] = []
+    two_dispatches = dataclasses.replace(SAMPLINGS[1], max_new_tokens=5)
+    answer = Answer(engine, request(1, sampling=two_dispatches))
+    tell = answer.job.tell
+    answer.job.tell = lambda news: (counted.append(engine.in_work), tell(news))[1]
+    assert engine.in_work == 0
+    finish(engine)
+    assert counted == [1, 0]
+    assert answer.ended == "length"
+
+
+def test_programs_that_nobody_wants_any_more_are_not_compiled(weights: Any) -> None:
+    engine = Engine(CONFIG, weights, tokens=CONFIG.vocab_size, settings=SETTINGS)
+    assert not engine.compile(is_wanted=lambda: False)
+    assert engine._read_program is None
+    assert engine._programs == {}
+
+
 def test_log_probabilities_are_those_of_the_model(engine: Engine, weights: Any) -> None:
     answer = Answer(engine, request(5, alternatives=4))
     unasked = Answer(engine, request(1))

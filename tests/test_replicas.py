@@ -32,7 +32,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         check=False,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert ended.stderr.count("ZeroDivisionError") == 1
+    assert ended.stderr.count("Traceback") == 1
+    assert ended.stderr.endswith("\nZeroDivisionError\n")
     return json.loads(path.read_text())
 
 
@@ -47,6 +48,14 @@ def test_texts_are_those_of_one_engine(found: dict[str, Any]) -> None:
 def test_the_first_engine_answers_while_the_second_is_compiled(found: dict[str, Any]) -> None:
     assert found["ready at the start"] == 1
     assert found["while one compiles"]
+
+
+def test_no_question_waits_beside_a_free_slot(found: dict[str, Any]) -> None:
+    assert not found["waited beside a free slot"]
+
+
+def test_a_question_that_no_engine_has_can_be_cancelled(found: dict[str, Any]) -> None:
+    assert found["cancelled in the queue"] == [False, ""]
 
 
 def test_engines_of_a_cpu_read_the_same_weights(found: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ COMMANDS = {
     "report": "show a run on a page, or compare runs",
     "verify_resume": "prove on this machine that a killed run goes on exactly",
     "inspect": "look at the first batch, the model and one step",
-    "prepare": "turn text into token shards",
+    "prepare": "turn text, conversations or pairs into token shards",
     "tokenizer": "train a tokenizer",
 }
 

@@ -47,7 +47,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if begins_with_a_model(arguments.config, overrides):
         if words is None:  # the command itself: an accelerator is left to those who train
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        task = open_for_a_new_run(arguments.config, overrides, problems)
+        task = open_for_a_new_run(
+            arguments.config, overrides, problems, is_verified=arguments.verify
+        )
         prepared, stats = task.prepared, task.stats
     else:
         from tinyllm_jax.data.prepare import prepare
@@ -55,12 +57,7 @@ def main(words: Sequence[str] | None = None) -> int:
         config = load_config(arguments.config or "tiny", overrides, problems)
         prepared = prepare(config, progress=sys.stderr.isatty())
         stats = prepared.stats
-    if arguments.verify:
-        if prepared is None:
-            raise InputError(
-                "--verify: --mode rlhf reads its prompts anew in each run and writes no shards. Leave it "
-                "out."
-            )
+    if arguments.verify and prepared:
         prepared.verify()
     print(json.dumps(stats, indent=1))
     if prepared:
@@ -80,15 +77,27 @@ def begins_with_a_model(preset: str | None, overrides: Mapping[str, Any]) -> boo
 
 
 def open_for_a_new_run(
-    preset: str | None, overrides: Mapping[str, Any], problems: Sequence[str]
+    preset: str | None,
+    overrides: Mapping[str, Any],
+    problems: Sequence[str],
+    *,
+    is_verified: bool,
 ) -> "Task":
-    """Do what training does with the data of a run that begins."""
+    """Do what training does with the data of a run that begins.
+
+    Raises:
+        InputError: also where shards shall be verified and the mode writes none.
+    """
     from tinyllm_jax.tasks import open_task
     from tinyllm_jax.training.start import find_start
     from tinyllm_jax.training.start_rules import check_data
 
     # No run folder is looked into.
     start = find_start(preset, {**overrides, "run.resume": "none"}, problems, Path(), say=say)
+    if is_verified and start.config.run.mode == "rlhf":
+        raise InputError(
+            "--verify: --mode rlhf reads its prompts anew in each run and writes no shards. Leave it out."
+        )
     task = open_task(start.config, start)
     check_data(start.source, None, task)
     return task

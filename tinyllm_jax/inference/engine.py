@@ -110,11 +110,6 @@ class Job:
         """Leave the engine at its next step, which tells "cancelled"."""
         self.cancelled = True
 
-    def end(self, why: str, tokens: Sequence[NewToken] = ()) -> None:
-        """Tell the last news."""
-        self.has_ended = True
-        self.tell(News([*tokens], why))
-
 
 class _Rows(NamedTuple):
     """All slots, as they lie on the device."""
@@ -188,6 +183,7 @@ class Engine:
         self.slots = slots or settings.slots
         self.room = settings.context or limit  # positions of a slot
         self.waiting: deque[Job] = deque()
+        self.in_work = 0  # requests that have left the queue and have not ended
         self._turns = itertools.count()
         self._slots: list[Job | None] = [None] * self.slots
         self._under_way: tuple[_Made, list[tuple[int, Job]]] | None = None
@@ -210,20 +206,35 @@ class Engine:
         self._programs: dict[tuple[int, int], Callable[..., Any]] = {}
         self._read_program: Callable[..., Any] | None = None
 
-    def compile(self) -> None:
-        """Compile every program that will ever run, several at once."""
+    def compile(self, *, is_wanted: Callable[[], bool] = lambda: True) -> bool:
+        """Compile every program that will ever run, several at once.
+
+        Args:
+            is_wanted: Asked before each program; the rest is left out when it says no.
+
+        Returns:
+            Whether all are compiled.
+        """
         shapes = [(rows, reach) for rows in self._row_counts() for reach in self._reaches()]
         keep = np.zeros(self.slots, bool)
         chunk = np.zeros((1, self.settings.prefill_tokens), np.int32)
         places = (np.int32(0), np.int32(0), np.int32(0), np.bool_(False))
         lowered = [self._read.lower(self._weights, self._rows, chunk, places, _begin(None))]
         for rows, reach in shapes:
-            lowered.append(
-                self._make.lower(self._weights, self._rows, keep, rows=rows, reach=reach)
-            )
+            if is_wanted():
+                lowered.append(
+                    self._make.lower(self._weights, self._rows, keep, rows=rows, reach=reach)
+                )
         with ThreadPoolExecutor(max_workers=4) as threads:
-            self._read_program, *made = threads.map(lambda each: each.compile(), lowered)
-        self._programs = dict(zip(shapes, made, strict=True))
+            compiling = threads.map(lambda one: one.compile() if is_wanted() else None, lowered)
+            programs: list[Any] = [program for program in compiling if program is not None]
+        if len(programs) <= len(shapes):
+            return False
+        self._read_program, self._programs = (
+            programs[0],
+            dict(zip(shapes, programs[1:], strict=True)),
+        )
+        return True
 
     def job(self, request: Request, tell: Callable[[News], None]) -> Job:
         """Check a request and make a job of it; this alone may be called from any thread.
@@ -254,14 +265,6 @@ class Engine:
         """Put a job at the end of the queue."""
         self.waiting.append(job)
 
-    @property
-    def in_work(self) -> int:
-        """Count the requests that have left the queue and have not ended."""
-        under_way = self._under_way  # once, since other threads ask, too
-        jobs = {job for job in self._slots if job is not None}
-        jobs |= {job for _, job in under_way[1]} if under_way else set()
-        return sum(not job.has_ended for job in jobs)
-
     def step(self) -> bool:
         """Let requests in, read chunks of prompts, make some tokens for all; False when idle.
 
@@ -275,6 +278,7 @@ class Engine:
             slot = self._slots.index(None)
             self._slots[slot] = job = self.waiting.popleft()
             job.slot, job.last_turn = slot, next(self._turns)
+            self.in_work += 1
         working = [job for job in self._slots if job is not None]
         unread = deque(sorted((j for j in working if not j.is_read), key=lambda job: job.last_turn))
         for _ in range(max(1, min(CHUNKS_AT_ONCE, len(working) - len(unread)))):
@@ -290,11 +294,16 @@ class Engine:
     def _drop_cancelled(self) -> None:
         for job in [job for job in self.waiting if job.cancelled]:
             self.waiting.remove(job)
-            job.end("cancelled")
+            self._end(job, "cancelled")
         for slot, job in enumerate(self._slots):
             if job is not None and job.cancelled:
                 self._slots[slot] = None
-                job.end("cancelled")
+                self._end(job, "cancelled")
+
+    def _end(self, job: Job, why: str, tokens: Sequence[NewToken] = ()) -> None:
+        job.has_ended = True
+        self.in_work -= job.slot >= 0
+        job.tell(News([*tokens], why))
 
     def _read_one_chunk(self, job: Job) -> None:
         prompt, size = job.request.prompt_ids, self.settings.prefill_tokens
@@ -338,10 +347,11 @@ class Engine:
         # Plain Python numbers: reading them one by one from arrays would take longer than making them.
         fetched: Any = _Made(*(each.tolist() for each in jax.device_get(made)))
         for slot, job in working:
-            has_slot = self._slots[slot] is job
-            if job.cancelled and not has_slot and not job.has_ended:
-                job.end("cancelled")
-            if job.cancelled or job.has_ended:
+            # Once, since other threads cancel.
+            is_cancelled, has_slot = job.cancelled, self._slots[slot] is job
+            if is_cancelled and not has_slot and not job.has_ended:
+                self._end(job, "cancelled")
+            if is_cancelled or job.has_ended:
                 continue  # one with a slot leaves it, and is told, at the next step
             count, wanted = fetched.counts[slot], job.request.alternatives
             tokens = []
@@ -369,7 +379,7 @@ class Engine:
             if ended:
                 if has_slot:
                     self._slots[slot] = None
-                job.end(ended, tokens)
+                self._end(job, ended, tokens)
             elif tokens:
                 job.tell(News(tokens, ""))
 

@@ -18,8 +18,10 @@ import jax
 from tinyllm_jax.config import EngineConfig
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.host import available_cores
-from tinyllm_jax.inference.engine import Engine, Job
+from tinyllm_jax.inference.engine import CHUNKS_AT_ONCE, Engine, Job
 
+# Programs of one engine at a time are compiled beside those that answer.
+_COMPILING = threading.Lock()
 # Fewer slots than these are not divided: a program of four rows takes little longer than one of two.
 FEWEST_SLOTS = 4
 
@@ -63,11 +65,13 @@ class Replica:
     Args:
         engine: Its programs may be compiled already, or are when the thread begins.
         precision: What surrounds all that the thread does.
+        on_ready: Called on the thread once jobs are answered at once.
         on_failure: Called on the thread, which ends, when the engine fails.
 
     Attributes:
         open: Jobs that were put and have not ended, as the service counts them.
         is_ready: Whether jobs are answered at once.
+        room: How many jobs are of use to it: some wait for the slot that is free next.
     """
 
     def __init__(
@@ -75,13 +79,16 @@ class Replica:
         engine: Engine,
         *,
         precision: Callable[[], AbstractContextManager[Any]],
+        on_ready: Callable[[], None],
         on_failure: Callable[["Replica"], None],
     ):
         self.engine = engine
         self.open = 0
+        self.room = engine.slots + CHUNKS_AT_ONCE
         self.is_ready = False
         self._precision = precision
-        self._on_failure = on_failure
+        self._on_ready, self._on_failure = on_ready, on_failure
+        self._is_stopping = False
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
@@ -91,10 +98,9 @@ class Replica:
         return self._thread.is_alive()
 
     def compile(self) -> None:
-        """Compile every program; else `start` leaves that to the thread."""
-        with self._precision():
-            self.engine.compile()
-        self.is_ready = True
+        """Compile every program, unless `stop` comes first; else `start` leaves that to the thread."""
+        with _COMPILING, self._precision():
+            self.is_ready = self.engine.compile(is_wanted=lambda: not self._is_stopping)
 
     def start(self) -> None:
         """Begin to answer."""
@@ -106,6 +112,7 @@ class Replica:
 
     def stop(self) -> None:
         """End the thread once its jobs have ended; returns at once."""
+        self._is_stopping = True
         self._inbox.put(None)
 
     def join(self) -> None:
@@ -117,11 +124,14 @@ class Replica:
         try:
             if not self.is_ready:
                 self.compile()
-            with self._precision():
-                self._answer_all()
+            if self.is_ready:
+                self._on_ready()
+                with self._precision():
+                    self._answer_all()
         except BaseException:
             # A defect of ours: everybody hears of it, and so does whoever runs the service.
             traceback.print_exc(file=sys.stderr)
+            self.is_ready = False
             self._on_failure(self)
 
     def _answer_all(self) -> None:

@@ -9,6 +9,7 @@ import functools
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -103,6 +104,7 @@ class Ticket:
         """Give up the answer, from any thread: its slot is free at the next step."""
         assert self.job is not None
         self.job.cancel()
+        self._service.let_go(self)
 
     def take(self, news: News) -> None:
         """Turn news of the engine into a piece, on the engine's thread."""
@@ -181,13 +183,16 @@ class Service:
                 )
                 for device in devices
             ]
+        assert config.slots % len(devices) == 0
         within = functools.partial(precision, model.config)
         self._replicas = [
-            Replica(engine, precision=within, on_failure=self._fail) for engine in engines
+            Replica(engine, precision=within, on_ready=self._hand_out, on_failure=self._fail)
+            for engine in engines
         ]
         self.context = engines[0].room  # tokens of question and answer
         self.places = config.slots + config.queue  # answers at work and waiting
         self._open: set[Ticket] = set()
+        self._waiting: deque[Ticket] = deque()  # of these, those that no engine has a place for
         self._telling = 0  # answers that have ended, whose last piece is being handed over
         self._changed = threading.Condition()
         self._closed = self._is_broken = False
@@ -247,11 +252,34 @@ class Service:
             self._open.add(ticket)
             self._requests += 1
             self._prompt_tokens += ticket.prompt_tokens
-            ready = [replica for replica in self._replicas if replica.is_ready]
-            ticket.replica = min(ready or self._replicas[:1], key=lambda replica: replica.open)
-            ticket.replica.open += 1
-            ticket.replica.put(job)
+            self._waiting.append(ticket)
+            self._hand_out()
         return ticket
+
+    def _hand_out(self) -> None:
+        """Give the questions that wait to the engines that have the fewest, while they have room."""
+        with self._changed:
+            replica = self._least_busy()
+            while self._waiting and replica.open < replica.room:
+                self._give(self._waiting.popleft(), replica)
+                replica = self._least_busy()
+
+    def _least_busy(self) -> Replica:
+        ready = [replica for replica in self._replicas if replica.is_ready]
+        return min(ready or self._replicas[:1], key=lambda replica: replica.open)
+
+    def _give(self, ticket: Ticket, replica: Replica) -> None:
+        assert ticket.job is not None
+        ticket.replica = replica
+        replica.open += 1
+        replica.put(ticket.job)
+
+    def let_go(self, ticket: Ticket) -> None:
+        """Let an engine drop, and tell of, a cancelled question that still waits for one."""
+        with self._changed:
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+                self._give(ticket, self._least_busy())
 
     def stats(self) -> ServiceStats:
         """Count what is going on."""
@@ -309,6 +337,7 @@ class Service:
         assert ticket.replica is not None
         with self._changed:
             ticket.replica.open -= 1
+            self._hand_out()
             self._open.discard(ticket)
             self._telling += 1
             self._new_tokens += ticket.job.made_tokens
@@ -324,7 +353,8 @@ class Service:
         """Give up the answers of an engine that has failed; the others end theirs."""
         with self._changed:
             self._closed = self._is_broken = True
-            left = {ticket for ticket in self._open if ticket.replica is replica}
+            left = {ticket for ticket in self._open if ticket.replica in (replica, None)}
+            self._waiting.clear()
             self._open -= left
             self._failed += len(left)
             self._changed.notify_all()

@@ -24,6 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Threads of torch wait for each other without sleep: with other programs on the cores, the other worker
+# of the tests among them, a run of a small model on two threads takes four times as long as on one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A model and a corpus so small that a run of 20 steps is a matter of seconds.
 SMALL_RUN = [

@@ -49,6 +49,8 @@ MONITOR_SETTINGS = (
     *("monitor.interval_steps", "monitor.spike_z", "monitor.spike_window", "monitor.rewinds"),
     *("monitor.rewind_batches", "monitor.skip_batches"),
 )
+COMPILED_PLAINLY = True
+
 TRAINERS = {"jax": train, "torch": torch_train}
 
 

@@ -17,7 +17,7 @@ Source: continuous batching: Yu et al. 2022, Orca (OSDI), section 3; prompts in 
 import functools
 import itertools
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -219,14 +219,16 @@ class Engine:
         keep = np.zeros(self.slots, bool)
         chunk = np.zeros((1, self.settings.prefill_tokens), np.int32)
         places = (np.int32(0), np.int32(0), np.int32(0), np.bool_(False))
-        lowered = [self._read.lower(self._weights, self._rows, chunk, places, _begin(None))]
-        for rows, reach in shapes:
-            if is_wanted():
-                lowered.append(
-                    self._make.lower(self._weights, self._rows, keep, rows=rows, reach=reach)
-                )
+
+        def lower_all() -> Iterator[Any]:
+            yield self._read.lower(self._weights, self._rows, chunk, places, _begin(None))
+            for rows, reach in shapes:
+                if is_wanted():
+                    yield self._make.lower(self._weights, self._rows, keep, rows=rows, reach=reach)
+
         with ThreadPoolExecutor(max_workers=4) as threads:
-            compiling = threads.map(lambda one: one.compile() if is_wanted() else None, lowered)
+            # XLA compiles one while Python lowers the next.
+            compiling = threads.map(lambda one: one.compile() if is_wanted() else None, lower_all())
             programs: list[Any] = [program for program in compiling if program is not None]
         if len(programs) <= len(shapes):
             return False

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from tinyllm_jax.config import EngineConfig, ServeConfig
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference import replicas
-from tinyllm_jax.inference.replicas import best_for_cpu, replica_devices
+from tinyllm_jax.inference.replicas import best_for_cpu, make_cpu_devices, replica_devices
 from tinyllm_jax.settings import build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,6 +84,12 @@ def test_a_cpu_has_an_engine_for_each_core_and_few_slots_are_not_divided(
 def test_a_process_that_made_no_devices_has_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replicas, "available_cores", lambda: 2)
     assert len(replica_devices(EngineConfig(slots=16))) == 1
+
+
+def test_a_process_that_has_used_jax_keeps_its_devices() -> None:
+    before = jax.devices()
+    make_cpu_devices(EngineConfig(slots=16, replicas=2))
+    assert jax.devices() == before
 
 
 def test_more_replicas_than_devices_are_refused() -> None:

@@ -56,7 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def start_service(checkpoint: str, settings: ServeConfig) -> "Service":
-    """Load a model and compile what answers with it, in a process that has not used JAX yet."""
+    """Load a model and compile what answers with it."""
     from tinyllm_jax.compilation_cache import enable_compilation_cache
     from tinyllm_jax.inference.language_model import load
     from tinyllm_jax.inference.replicas import make_cpu_devices

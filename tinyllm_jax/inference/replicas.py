@@ -5,6 +5,7 @@ reading of a prompt; two engines with half of the rows each fill it. On several 
 engine is a copy of the model (data parallelism).
 """
 
+import contextlib
 import queue
 import sys
 import threading
@@ -27,12 +28,12 @@ FEWEST_SLOTS = 4
 
 
 def make_cpu_devices(settings: EngineConfig) -> None:
-    """Let a CPU be as many devices as there shall be replicas; before JAX is used for anything.
+    """Let a CPU be as many devices as there shall be replicas.
 
-    Raises:
-        RuntimeError: JAX has been used already.
+    In a process that has used JAX already its devices stay as they are.
     """
-    jax.config.update("jax_num_cpu_devices", settings.replicas or best_for_cpu(settings))
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", settings.replicas or best_for_cpu(settings))
 
 
 def replica_devices(settings: EngineConfig) -> list[Any]:

@@ -71,6 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
     names = ["tinyllm_torch", *(f"tinyllm_jax.{room}" for room in rooms)]
     install_import_hook(names, "shape_checks.checked")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.devices()  # one, also where the first test is a command that would make several of a CPU
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import ROOT, Command
 from mode_runs import MODES, SHORT, assert_same_run, flags_of, rows_of, write_data
@@ -326,14 +328,16 @@ def test_only_adapters_are_trained_and_stored(name: str, beside: Path) -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_takes_the_place_of_its_adapters_alone(beside: Path) -> None:
-    whole, step = (size_of(Path(name)) for name in ("base/checkpoints/20", "sft/checkpoints/8"))
-    # Of 4,096 numbers and their moments, beside 35,040; what names and places them has no fixed size.
-    assert step < whole / 2
+    # Each number has two moments; the step and what is counted with it are three more.
+    assert stored_numbers(Path("sft/checkpoints/8")) == 3 * 4096 + 3
+    assert stored_numbers(Path("base/checkpoints/20")) == 3 * 34_976 + 3
 
 
-def size_of(folder: Path) -> int:
-    files = (folder / "state").glob("ocdbt.process_0/d/*"), (folder / "state").glob("d/*")
-    return sum(file.stat().st_size for found in files for file in found)
+def stored_numbers(folder: Path) -> int:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        found: Any = checkpointer.metadata(folder.resolve() / "state").item_metadata
+    leaves = jax.tree.leaves(found.tree, is_leaf=lambda leaf: not isinstance(leaf, dict))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 @pytest.mark.slow

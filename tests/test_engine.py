@@ -16,6 +16,8 @@ from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference import engine as engine_module
 from tinyllm_jax.inference.engine import CHUNKS_AT_ONCE, Engine, Job, News, NewToken, Request
 from tinyllm_jax.inference.generate import Generator
+from tinyllm_jax.inference.stored_weights import store
+from tinyllm_jax.model.layers import compute_dtype
 from tinyllm_jax.model.weights import merge_weights, model_structure
 
 CONFIG = changed(SMALL, max_position_embeddings=100)
@@ -440,7 +442,8 @@ def test_every_kind_of_model_is_served(fields: dict[str, Any]) -> None:
 def test_settings_change_what_they_name(weights: Any) -> None:
     def make(**fields: Any) -> Engine:
         settings = EngineConfig(slots=1, **fields)
-        return Engine(CONFIG, weights, tokens=CONFIG.vocab_size, settings=settings)
+        kept = store(weights, kind=settings.weights, dtype=compute_dtype(CONFIG))
+        return Engine(CONFIG, kept, tokens=CONFIG.vocab_size, settings=settings)
 
     def look(engine: Engine) -> tuple[int, int]:
         engine.compile()

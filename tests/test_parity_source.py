@@ -25,8 +25,8 @@ ONLY_IN_JAX = {
     "model/attention.py": {"suits_cudnn"},  # torch picks its kernel by itself
     # torch's products take any order of axes
     "model/kv_cache.py": {"LayerCache.slots", "LayerCache.by_slot"},
-    # torch multiplies in float32 unless told; its generators are not split
-    "model/layers.py": {"matmul_precision", "keys_of"},
+    # torch multiplies in float32 unless told, needs no program to draw; its generators are not split
+    "model/layers.py": {"matmul_precision", "draw", "keys_of"},
     # torch loops over experts
     "model/moe.py": {
         *("ExpertLinear", "ExpertLinear.forward", "Experts", "Experts.forward", "permute"),
@@ -49,7 +49,8 @@ ONLY_IN_JAX = {
 # Rooms that the twin's plain forms need not have, those of runs beyond pretraining, and what many people
 # talk to at once.
 ONLY_IN_JAX_FILES = {
-    *(f"inference/{name}.py" for name in ("engine", "service", "stored_weights", "text_stream")),
+    *(f"inference/{name}.py" for name in ("engine", "replicas", "service", "slots")),
+    *(f"inference/{name}.py" for name in ("stored_weights", "text_stream")),
     *(f"inference/{name}.py" for name in ("talk", "talk_commands", "terminal")),
     *("model/grouped_dot.py", "model/placement.py", "objectives/device_rows.py"),
     *("model/attention_rows.py", "model/compiled.py", "model/decoding.py", "model/lora.py"),

@@ -434,7 +434,7 @@ def test_real_stories_take_about_four_bytes_a_token(shared_data):
 
 @pytest.mark.parametrize(
     ("count", "setting", "expected"),
-    [(64, None, 7), (64, "true", 7), (63, None, 1), (64, "false", 1), (64, "0", 1)],
+    [(16, None, 7), (16, "true", 7), (15, None, 1), (16, "false", 1), (16, "0", 1)],
 )
 def test_many_texts_go_on_all_cores_where_the_process_is_alone(
     count: int, setting: str | None, expected: int, monkeypatch: pytest.MonkeyPatch

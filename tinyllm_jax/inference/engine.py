@@ -5,8 +5,8 @@
     while engine.step(): ...
 
 The cache has a fixed number of slots, and each request in work has one. Prompts are read in chunks
-of one size, one chunk of each and of a few prompts between two dispatches of new tokens, so long
-prompts do not stall the others. What is known of a slot (its last token, place, settings) stays on
+of one size, a few chunks between two dispatches of new tokens, the prompts in turn, so long prompts
+do not stall the others. What is known of a slot (its last token, place, settings) stays on
 the device; the next dispatch is under way while the host reads the last one. All programs are
 compiled at the start.
 
@@ -25,20 +25,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
 
 from tinyllm_jax.config import EngineConfig, ModelConfig, SamplingConfig
 from tinyllm_jax.errors import InputError
-from tinyllm_jax.inference.sampling import RowSettings, next_tokens
-from tinyllm_jax.inference.stored_weights import restore, store
+from tinyllm_jax.inference.sampling import RowSettings
+from tinyllm_jax.inference.slots import Begin, Made, empty_rows, make_tokens, read_chunk
 from tinyllm_jax.model.compiled import compiled
-from tinyllm_jax.model.kv_cache import LayerCache, empty_cache
 from tinyllm_jax.model.layers import compute_dtype
-from tinyllm_jax.model.weights import merge_weights, model_structure
+from tinyllm_jax.model.weights import model_structure
 
-# The likeliest tokens that can be told with each token; OpenAI's limit, too.
-MOST_ALTERNATIVES = 20
 # Chunks that are read between two dispatches at most; those that get tokens wait for them.
 CHUNKS_AT_ONCE = 4
 # Caches up to this are read whole; of longer ones only as much as the longest text needs.
@@ -111,50 +106,14 @@ class Job:
         self.cancelled = True
 
 
-class _Rows(NamedTuple):
-    """All slots, as they lie on the device."""
-
-    cache: tuple[LayerCache, ...]
-    present: Bool[Array, "slots vocab"]
-    token: Int[Array, "slots"]  # the last of each text
-    position: Int[Array, "slots"]  # where it stands
-    made: Int[Array, "slots"]  # new tokens so far
-    left: Int[Array, "slots"]  # new tokens still allowed; 0 is a slot at rest
-    end_id: Int[Array, "slots"]
-    told: Bool[Array, "slots"]  # whether log-probabilities are asked for
-    settings: RowSettings
-
-
-class _Begin(NamedTuple):
-    """What a slot becomes once its prompt is read."""
-
-    token: Any
-    position: Any
-    left: Any
-    end_id: Any
-    told: Any
-    settings: RowSettings
-
-
-class _Made(NamedTuple):
-    """What one dispatch made."""
-
-    tokens: Int[Array, "rows steps"]
-    counts: Int[Array, "rows"]
-    met_end: Bool[Array, "rows"]
-    log_probs: Float[Array, "rows steps"]
-    alternative_ids: Int[Array, "rows steps alternatives"]
-    alternative_log_probs: Float[Array, "rows steps alternatives"]
-
-
 class Engine:
     """Slots, queue and compiled programs for one model; for one thread.
 
     Args:
         config: Shape and arithmetic of the model.
-        weights: The flat dictionary of `tinyllm_jax.model.weights`.
+        weights: The flat dictionary of `tinyllm_jax.model.weights`, in the form that `store` gave it.
         tokens: Ids from here on are never picked.
-        settings: Chunk size, form of the weights.
+        settings: Room, chunk size and tokens of a dispatch; the form of the weights is theirs already.
         slots: How many of the slots are this engine's; None is all.
         device: Where it computes; None is JAX's default.
 
@@ -186,20 +145,19 @@ class Engine:
         self.in_work = 0  # requests that have left the queue and have not ended
         self._turns = itertools.count()
         self._slots: list[Job | None] = [None] * self.slots
-        self._under_way: tuple[_Made, list[tuple[int, Job]]] | None = None
+        self._under_way: tuple[Made, list[tuple[int, Job]]] | None = None
         structure, _ = model_structure(config)
-        stored = store(weights, kind=settings.weights, dtype=compute_dtype(config))
         if device is not None and device.platform == "cpu":
             # What NumPy sees is where the array is, and JAX takes it over as it is: all engines read
             # the same memory.
-            stored = jax.tree.map(np.asarray, stored)
-        self._weights = jax.device_put(stored, device)
-        self._rows = jax.device_put(_empty_rows(config, slots=self.slots, room=self.room), device)
-        self._read = compiled(functools.partial(_read_chunk, config, structure), donate_argnums=1)
+            weights = jax.tree.map(np.asarray, dict(weights))
+        self._weights = jax.device_put(dict(weights), device)
+        self._rows = jax.device_put(
+            empty_rows(config, _begin(None), slots=self.slots, room=self.room), device
+        )
+        self._read = compiled(functools.partial(read_chunk, config, structure), donate_argnums=1)
         self._make = compiled(
-            functools.partial(
-                _make_tokens, config, structure, tokens, settings.tokens_per_dispatch
-            ),
+            functools.partial(make_tokens, config, structure, tokens, settings.tokens_per_dispatch),
             static_argnames=("rows", "reach"),
             donate_argnums=1,
         )
@@ -324,7 +282,7 @@ class Engine:
             _begin(job),
         )
 
-    def _dispatch(self) -> tuple[_Made, list[tuple[int, Job]]] | None:
+    def _dispatch(self) -> tuple[Made, list[tuple[int, Job]]] | None:
         """Begin to make tokens for all that are read; which rows ended is known on the device first."""
         working = [
             (slot, job) for slot, job in enumerate(self._slots) if job is not None and job.is_read
@@ -344,10 +302,10 @@ class Engine:
         self._rows, made = self._programs[rows, reach](self._weights, self._rows, keep)
         return made, working
 
-    def _tell(self, made: _Made, working: list[tuple[int, Job]]) -> None:
+    def _tell(self, made: Made, working: list[tuple[int, Job]]) -> None:
         """Read what a dispatch made and pass it on."""
         # Plain Python numbers: reading them one by one from arrays would take longer than making them.
-        fetched: Any = _Made(*(each.tolist() for each in jax.device_get(made)))
+        fetched: Any = Made(*(each.tolist() for each in jax.device_get(made)))
         for slot, job in working:
             # Once, since other threads cancel.
             is_cancelled, has_slot = job.cancelled, self._slots[slot] is job
@@ -409,7 +367,7 @@ def _powers(base: int, *, start: int, below: int) -> list[int]:
     return found
 
 
-def _begin(job: Job | None) -> _Begin:
+def _begin(job: Job | None) -> Begin:
     """Write down what a slot becomes for this request; None gives the shapes."""
     sampling = SamplingConfig() if job is None else job.request.sampling
     settings: list[Any] = [
@@ -420,7 +378,7 @@ def _begin(job: Job | None) -> _Begin:
         np.uint32(sampling.seed),
         np.int32(0 if job is None else job.request.sample_number),
     ]
-    return _Begin(
+    return Begin(
         token=np.int32(0 if job is None else job.request.prompt_ids[-1]),
         position=np.int32(0 if job is None else len(job.request.prompt_ids) - 1),
         left=np.int32(0 if job is None else job.budget),
@@ -428,175 +386,3 @@ def _begin(job: Job | None) -> _Begin:
         told=np.bool_(job is not None and job.request.alternatives is not None),
         settings=RowSettings(*settings),
     )
-
-
-def _empty_rows(config: ModelConfig, *, slots: int, room: int) -> _Rows:
-    """Make all slots, at rest."""
-    first = _begin(None)
-
-    def spread(value: Any) -> Array:
-        return jnp.asarray(np.full(slots, value))
-
-    return _Rows(
-        cache=empty_cache(config, batch=slots, slots=room, dtype=compute_dtype(config)),
-        present=jnp.zeros((slots, config.vocab_size), bool),
-        token=spread(first.token),
-        position=spread(first.position),
-        made=spread(np.int32(0)),
-        left=spread(first.left),
-        end_id=spread(first.end_id),
-        told=spread(first.told),
-        settings=RowSettings(*map(spread, first.settings)),
-    )
-
-
-def _read_chunk(
-    config: ModelConfig,
-    structure: nnx.GraphDef,
-    weights: Any,
-    rows: _Rows,
-    chunk: Int[Array, "1 size"],
-    places: tuple[Array, Array, Array, Array],
-    begin: _Begin,
-) -> _Rows:
-    """Write a chunk of one prompt into its slot; behind the last one, let its row begin.
-
-    Args:
-        chunk: Tokens, padded at the end.
-        places: Slot, position of the first token, number of tokens, whether the prompt ends here.
-    """
-    slot, start, count, is_last = places
-    model = merge_weights(structure, restore(weights, dtype=compute_dtype(config)))
-    # Out of range is written nowhere, neither into the cache nor among the present tokens.
-    number = jnp.arange(chunk.shape[1])
-    room = rows.cache[0].slots()
-    positions = jnp.where(number < count, start + number, room)[None]
-    own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, 0), rows.cache)
-    # What an earlier request left is masked, but a NaN times a weight of 0 would still be a NaN.
-    own = jax.tree.map(lambda x: jnp.where(start == 0, jnp.zeros_like(x), x), own)
-    own = model.hidden(chunk, positions, cache=own).cache
-    cache = jax.tree.map(
-        lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, slot, 0), rows.cache, own
-    )
-    seen = jnp.where(start == 0, False, rows.present[slot])
-    seen = seen.at[jnp.where(number < count, chunk[0], config.vocab_size)].set(True)
-
-    def put(old: Array, new: Array) -> Array:
-        return old.at[slot].set(jnp.where(is_last, new, old[slot]))
-
-    return _Rows(
-        cache=cache,
-        present=rows.present.at[slot].set(seen),
-        token=put(rows.token, begin.token),
-        position=put(rows.position, begin.position),
-        made=put(rows.made, jnp.int32(0)),
-        left=rows.left.at[slot].set(jnp.where(is_last, begin.left, 0)),
-        end_id=put(rows.end_id, begin.end_id),
-        told=put(rows.told, begin.told),
-        settings=RowSettings(*map(put, rows.settings, begin.settings)),
-    )
-
-
-def _make_tokens(
-    config: ModelConfig,
-    structure: nnx.GraphDef,
-    known: int,
-    most: int,
-    weights: Any,
-    everything: _Rows,
-    keep: Bool[Array, "slots"],
-    *,
-    rows: int,
-    reach: int,
-) -> tuple[_Rows, _Made]:
-    """Make up to `most` tokens for each of the first `rows` slots.
-
-    Args:
-        keep: The rows that go on; a row that is cancelled or being read must not.
-        reach: Slots of the cache that are looked at.
-    """
-    model = merge_weights(structure, restore(weights, dtype=compute_dtype(config)))
-    part: _Rows = jax.tree.map(lambda x: x[:rows], everything)
-    part = part._replace(
-        cache=jax.tree.map(lambda x: x[:, :, :reach], part.cache),
-        left=jnp.where(keep[:rows], part.left, 0),
-    )
-    every_row = jnp.arange(rows)
-    nothing = jnp.zeros((rows, most, MOST_ALTERNATIVES), jnp.float32)
-    made = _Made(
-        tokens=jnp.zeros((rows, most), jnp.int32),
-        counts=jnp.zeros(rows, jnp.int32),
-        met_end=jnp.zeros(rows, bool),
-        log_probs=nothing[:, :, 0],
-        alternative_ids=nothing.astype(jnp.int32),
-        alternative_log_probs=nothing,
-    )
-
-    def one_token(carried: tuple[Array, _Rows, _Made]) -> tuple[Array, _Rows, _Made]:
-        # The first step reads the last token of a prompt once more, so that this program alone
-        # holds head and sampler.
-        step, part, made = carried
-        going = part.left > 0
-        # A row at rest writes nowhere.
-        positions = jnp.where(going, part.position, reach)[:, None]
-        hidden = model.hidden(part.token[:, None], positions, cache=part.cache)
-        assert hidden.cache is not None
-        logits = model.logits(hidden.states)[:, 0]
-        logits = jnp.where(jnp.arange(config.vocab_size)[None] < known, logits, -jnp.inf)
-        token = next_tokens(
-            logits, present=part.present, settings=part.settings, token_number=part.made
-        )
-        told = _log_probs(logits, token, asked=part.told & going)
-        token = jnp.where(going, token, part.token)
-        met_end = going & (token == part.end_id)
-        column = jnp.where(going, step, most)
-        made = _Made(
-            tokens=made.tokens.at[every_row, column].set(token),
-            counts=made.counts + going,
-            met_end=made.met_end | met_end,
-            log_probs=made.log_probs.at[every_row, column].set(told[0]),
-            alternative_ids=made.alternative_ids.at[every_row, column].set(told[1]),
-            alternative_log_probs=made.alternative_log_probs.at[every_row, column].set(told[2]),
-        )
-        part = part._replace(
-            cache=hidden.cache,
-            present=part.present.at[every_row, jnp.where(going, token, config.vocab_size)].set(
-                True
-            ),
-            token=token,
-            position=part.position + going,
-            made=part.made + going,
-            left=jnp.where(met_end, 0, part.left - going),
-        )
-        return step + 1, part, made
-
-    _, part, made = jax.lax.while_loop(
-        lambda carried: (carried[0] < most) & (carried[1].left > 0).any(),
-        one_token,
-        (jnp.zeros((), jnp.int32), part, made),
-    )
-
-    def put(whole: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice(whole, new, (0,) * whole.ndim)
-
-    return jax.tree.map(put, everything, part), made
-
-
-def _log_probs(
-    logits: Float[Array, "rows vocab"], token: Int[Array, "rows"], *, asked: Bool[Array, "rows"]
-) -> tuple[Float[Array, "rows"], Int[Array, "rows n"], Float[Array, "rows n"]]:
-    """Give log-probabilities of the tokens and of the likeliest; zeros when nobody asks."""
-    rows, count = len(logits), min(MOST_ALTERNATIVES, logits.shape[1])
-
-    def compute() -> tuple[Array, Array, Array]:
-        found = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-        best, ids = jax.lax.top_k(found, count)
-        missing = ((0, 0), (0, MOST_ALTERNATIVES - count))
-        own = jnp.take_along_axis(found, token[:, None], axis=1)[:, 0]
-        return own, jnp.pad(ids.astype(jnp.int32), missing), jnp.pad(best, missing)
-
-    def skip() -> tuple[Array, Array, Array]:
-        nothing = jnp.zeros((rows, MOST_ALTERNATIVES), jnp.float32)
-        return nothing[:, 0], nothing.astype(jnp.int32), nothing
-
-    return jax.lax.cond(asked.any(), compute, skip)

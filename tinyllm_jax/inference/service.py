@@ -169,6 +169,7 @@ class Service:
         self.can_chat = all(model.tokenizer.control_id(text) is not None for text in CONTROL_TOKENS)
         self._config = config
         devices = replica_devices(config)
+        assert config.slots % len(devices) == 0
         with precision(model.config):
             # Not the model's own, which would lie beside those that are kept in fewer bits.
             weights = store(model.weights, kind=config.weights, dtype=compute_dtype(model.config))
@@ -183,7 +184,6 @@ class Service:
                 )
                 for device in devices
             ]
-        assert config.slots % len(devices) == 0
         within = functools.partial(precision, model.config)
         self._replicas = [
             Replica(engine, precision=within, on_ready=self._hand_out, on_failure=self._fail)

@@ -28,15 +28,12 @@ def store(weights: Mapping[str, Any], *, kind: str, dtype: jnp.dtype) -> dict[st
     """Bring weights into the form in which they are kept while a model is used.
 
     Args:
-        weights: The flat dictionary of `tinyllm_jax.model.weights`; what was stored before stays.
+        weights: The flat dictionary of `tinyllm_jax.model.weights`.
         kind: "auto" (the type that the model computes in), float32, bfloat16 or int8.
         dtype: The type that the model computes in.
     """
     kept: dict[str, Any] = {}
     for name, value in weights.items():
-        if isinstance(value, Rounded):
-            kept[name] = value
-            continue
         value = jnp.asarray(value)
         if name.endswith(ROUTER):
             kept[name] = value

@@ -3,9 +3,10 @@
     python -m benchmarks.serve_load [--config tinystories_7m] [--clients 1 16 64] [--seconds 120]
 
 Each client sends one request after the other, for `--seconds` with the most clients and a quarter of
-that with fewer and for the other server. Beside ours stands transformers' own generate, one request after the other, behind the
-same framework (Starlette and uvicorn). Weights are random unless `--checkpoint` names a run. Server
-and clients share the machine. The first token is the first event of a stream that has a choice.
+that with fewer and for the other server; ours has compiled all its programs before. Beside it stands
+transformers' own generate, one request after the other, behind the same framework (Starlette and
+uvicorn). Weights are random unless `--checkpoint` names a run. Server and clients share the machine.
+The first token is the first event of a stream that has a choice.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -242,6 +244,16 @@ def started(who: str, arguments: argparse.Namespace) -> Iterator[tuple[int, int]
         rest.join()
 
 
+def wait_for_programs(port: int) -> None:
+    """Wait until `serve` has compiled all that it will."""
+    for _ in range(3000):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as metrics:
+            if b"\ntinyllm_missing_programs 0.0\n" in metrics.read():
+                return
+        time.sleep(0.1)
+    raise TimeoutError("programs are missing after 5 minutes")
+
+
 def processor_seconds(pid: int) -> float:
     """Give the processor time that a process has used, all threads together; 0 where unknown."""
     try:
@@ -255,6 +267,8 @@ def measure(who: str, arguments: argparse.Namespace, bodies: list[bytes]) -> lis
     """Make the rows of one server."""
     rows, first = [], None
     with started(who, arguments) as (port, pid):
+        if who == "ours":
+            wait_for_programs(port)
         asyncio.run(load(port, bodies, clients=2, seconds=3))
         texts = asyncio.run(alone(port, bodies)) if who == "ours" else None
         for clients in arguments.clients:

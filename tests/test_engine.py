@@ -258,6 +258,7 @@ def test_an_answer_counts_as_work_until_it_has_ended(engine: Engine) -> None:
 def test_programs_that_nobody_wants_any_more_are_not_compiled(weights: Any) -> None:
     engine = Engine(CONFIG, weights, tokens=CONFIG.vocab_size, settings=SETTINGS)
     assert not engine.compile(is_wanted=lambda: False)
+    assert not engine.compile(only_enough=True, is_wanted=lambda: False)
     assert engine._read_program is None
     assert engine._programs == {}
 
@@ -351,8 +352,18 @@ def test_in_bfloat16_all_rows_are_always_computed() -> None:
     assert [answer.ids for answer in answers] == expected
 
 
-def test_nothing_is_compiled_after_the_start(weights: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_request_compiles_anything(weights: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
+
+    def answer_all() -> list[list[int]]:
+        before = len(compiled)
+        answers = [
+            Answer(engine, request(number, alternatives=number % 3 or None))
+            for number in range(len(PROMPTS))
+        ]
+        finish(engine)
+        assert len(compiled) == before
+        return [answer.ids for answer in answers]
 
     def listen(event: str, seconds: float, **rest: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
@@ -362,13 +373,22 @@ def test_nothing_is_compiled_after_the_start(weights: Any, monkeypatch: pytest.M
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         engine = Engine(CONFIG, weights, tokens=CONFIG.vocab_size, settings=SETTINGS)
-        engine.compile()
+        assert engine.missing_programs == 5
+        assert engine.compile(only_enough=True)
+        assert len(compiled) >= 2
+        assert engine.missing_programs == 3
+        slowly = answer_all()
         at_start = len(compiled)
-        assert at_start >= 1 + len(engine._programs) == 5
-        for number in range(len(PROMPTS)):
-            Answer(engine, request(number, alternatives=number % 3 or None))
-        finish(engine)
-        assert len(compiled) == at_start
+        assert engine.compile()
+        assert len(compiled) == at_start + 3
+        assert engine.missing_programs == 0
+        # The programs that were missing are used, and those that stood in for them said the same.
+        used: list[Any] = []
+        for shape, program in engine._programs.items():
+            engine._programs[shape] = lambda *a, p=program, s=shape: (used.append(s), p(*a))[1]
+        assert answer_all() == slowly
+        assert {*used} == {*engine._programs}
+        assert len(used) > 20
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,11 @@ def test_a_run_means_its_best_checkpoint_and_a_step_folder_itself(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert f"step {step}\n" in captured.err
+
+
+def test_of_a_run_that_was_copied_the_best_checkpoint_is_enough(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "best", tmp_path / "best")
+    assert has_weights_of(load(tmp_path), 3)
 
 
 def test_a_run_without_a_best_checkpoint_means_its_newest(

@@ -124,7 +124,7 @@ class Scripted:
         return True
 
     def stats(self) -> ServiceStats:
-        return ServiceStats(1, 1, 0, 0, 0, 0, 0, 0, 0)
+        return ServiceStats(1, 1, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @pytest.fixture(scope="module")

@@ -223,6 +223,31 @@ def test_a_defect_of_the_engine_is_told_to_everybody(
     service.stop()
 
 
+def test_programs_that_cannot_be_compiled_are_a_defect_told_to_everybody(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service = Service(model, EngineConfig(slots=2))
+    engine, asked = service._replicas[0].engine, threading.Event()
+    compile_some = engine.compile
+
+    def compile_or_fail(*, only_enough: bool = False, **rest: Any) -> bool:
+        if only_enough:
+            return compile_some(only_enough=True, **rest)
+        asked.wait(WAIT_SECONDS)
+        raise MemoryError
+
+    monkeypatch.setattr(engine, "compile", compile_or_fail)
+    service.start()
+    monkeypatch.setattr(engine, "step", lambda: True)  # never done
+    asker = Asker(service)
+    asked.set()
+    asker.wait()
+    assert asker.ended == "failed"
+    assert "MemoryError" in capsys.readouterr().err
+    assert not service.is_well
+    service.stop()
+
+
 def test_only_a_tokenizer_with_turns_can_chat() -> None:
     plain = train_tokenizer(STORIES, config=TokenizerConfig(kind="sentencepiece"), vocab_size=400)
     for tokenizer, expected in (

@@ -7,8 +7,8 @@
 The cache has a fixed number of slots, and each request in work has one. Prompts are read in chunks
 of one size, a few chunks between two dispatches of new tokens, the prompts in turn, so long prompts
 do not stall the others. What is known of a slot (its last token, place, settings) stays on
-the device; the next dispatch is under way while the host reads the last one. All programs are
-compiled at the start.
+the device; the next dispatch is under way while the host reads the last one. No request makes a
+program: two are compiled before the first step, and a thread may add those that are faster.
 
 Source: continuous batching: Yu et al. 2022, Orca (OSDI), section 3; prompts in chunks: Agrawal et al.
 2023, arXiv:2308.16369.
@@ -161,40 +161,65 @@ class Engine:
             static_argnames=("rows", "reach"),
             donate_argnums=1,
         )
+        # The rows themselves are given away at each call, also while a thread lowers another program.
+        self._rows_form = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._rows
+        )
+        everything = (self.slots, self.room)
+        shapes = [(rows, reach) for rows in self._row_counts() for reach in self._reaches()]
+        self._shapes = [everything, *(shape for shape in shapes if shape != everything)]
         self._programs: dict[tuple[int, int], Callable[..., Any]] = {}
         self._read_program: Callable[..., Any] | None = None
 
-    def compile(self, *, is_wanted: Callable[[], bool] = lambda: True) -> bool:
-        """Compile every program that will ever run, several at once.
+    @property
+    def missing_programs(self) -> int:
+        """Count the programs that are not compiled yet."""
+        return len(self._shapes) - len(self._programs) + (self._read_program is None)
+
+    def compile(
+        self, *, only_enough: bool = False, is_wanted: Callable[[], bool] = lambda: True
+    ) -> bool:
+        """Compile the programs that are missing, several at once; from any thread, while others step.
 
         Args:
+            only_enough: Leave out all but the reader of prompts and the program of all rows over the
+                whole cache, which stands in for the others.
             is_wanted: Asked before each program; the rest is left out when it says no.
 
         Returns:
-            Whether all are compiled.
+            Whether all that were meant are there.
         """
-        shapes = [(rows, reach) for rows in self._row_counts() for reach in self._reaches()]
-        keep = np.zeros(self.slots, bool)
+        meant = self._shapes[: 1 if only_enough else None]
+        missing = [shape for shape in meant if shape not in self._programs]
+        keep = jax.ShapeDtypeStruct((self.slots,), bool)
         chunk = np.zeros((1, self.settings.prefill_tokens), np.int32)
         places = (np.int32(0), np.int32(0), np.int32(0), np.bool_(False))
 
-        def lower_all() -> Iterator[Any]:
-            yield self._read.lower(self._weights, self._rows, chunk, places, _begin(None))
-            for rows, reach in shapes:
+        def lower_all() -> Iterator[tuple[tuple[int, int] | None, Any]]:
+            if self._read_program is None:
+                given = (self._weights, self._rows_form, chunk, places, _begin(None))
+                yield None, self._read.lower(*given)
+            for rows, reach in missing:
                 if is_wanted():
-                    yield self._make.lower(self._weights, self._rows, keep, rows=rows, reach=reach)
+                    given = (self._weights, self._rows_form, keep)
+                    yield (rows, reach), self._make.lower(*given, rows=rows, reach=reach)
+
+        def compile_one(shape: tuple[int, int] | None, lowered: Any) -> tuple[Any, Any]:
+            return shape, lowered.compile() if is_wanted() else None
 
         with ThreadPoolExecutor(max_workers=4) as threads:
             # XLA compiles one while Python lowers the next.
-            compiling = threads.map(lambda one: one.compile() if is_wanted() else None, lower_all())
-            programs: list[Any] = [program for program in compiling if program is not None]
-        if len(programs) <= len(shapes):
-            return False
-        self._read_program, self._programs = (
-            programs[0],
-            dict(zip(shapes, programs[1:], strict=True)),
-        )
-        return True
+            under_way = [threads.submit(compile_one, *each) for each in lower_all()]
+            for each in under_way:
+                shape, program = each.result()
+                if program is None:
+                    return False
+                if shape is None:
+                    self._read_program = program
+                else:
+                    # A new dictionary, since the thread that steps may look into this one.
+                    self._programs = {**self._programs, shape: program}
+        return self._read_program is not None and all(shape in self._programs for shape in meant)
 
     def job(self, request: Request, tell: Callable[[News], None]) -> Job:
         """Check a request and make a job of it; this alone may be called from any thread.
@@ -294,12 +319,12 @@ class Engine:
             if job.is_dispatched:
                 # The slot is free for what the device does after this dispatch.
                 self._slots[slot] = None
-        rows = next(n for n in self._row_counts() if n > working[-1][0])
-        furthest = min(max(job.reach for _, job in working), self.room)
-        reach = next(n for n in self._reaches() if n >= furthest)
+        highest, furthest = working[-1][0], min(max(job.reach for _, job in working), self.room)
+        programs = self._programs
+        least = min(each for each in programs if each[0] > highest and each[1] >= furthest)
         keep = np.zeros(self.slots, bool)
         keep[[slot for slot, _ in working]] = True
-        self._rows, made = self._programs[rows, reach](self._weights, self._rows, keep)
+        self._rows, made = programs[least](self._weights, self._rows, keep)
         return made, working
 
     def _tell(self, made: Made, working: list[tuple[int, Job]]) -> None:

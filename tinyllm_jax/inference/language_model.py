@@ -21,7 +21,6 @@ from tinyllm_jax.model.compiled import compiled
 from tinyllm_jax.model.weights import merge_weights, model_structure
 from tinyllm_jax.settings import build
 from tinyllm_jax.training.checkpoint import open_checkpoint
-from tinyllm_jax.training.step_folders import damage
 
 
 class LanguageModel:
@@ -174,15 +173,7 @@ def load(path: str | Path) -> LanguageModel:
     Raises:
         InputError: there is no good checkpoint.
     """
-    path, best = Path(path), Path(path) / "best"
-    folder = None
-    if best.is_dir():
-        problem = damage(best)
-        if problem is None:
-            folder = best
-        else:
-            say(f"{best}: damaged checkpoint ({problem}); the newest good one is used.")
-    checkpoint = open_checkpoint(folder or path, on_damaged=say)
+    checkpoint = open_checkpoint(Path(path), on_damaged=say, prefer_best=True)
     config = checkpoint.config.model
     if config.attention == "cudnn" and jax.default_backend() != "gpu":
         # The kernel is a matter of the machine, not of the model.

@@ -21,8 +21,6 @@ from tinyllm_jax.errors import InputError
 from tinyllm_jax.host import available_cores
 from tinyllm_jax.inference.engine import CHUNKS_AT_ONCE, Engine, Job
 
-# Programs of one engine at a time are compiled beside those that answer.
-_COMPILING = threading.Lock()
 # Fewer slots than these are not divided: a program of four rows takes little longer than one of two.
 FEWEST_SLOTS = 4
 
@@ -64,9 +62,8 @@ class Replica:
     """An engine at work on a thread of its own.
 
     Args:
-        engine: Its programs may be compiled already, or are when the thread begins.
+        engine: Compiled, as far as it must be, before `start`.
         precision: What surrounds all that the thread does.
-        on_ready: Called on the thread once jobs are answered at once.
         on_failure: Called on the thread, which ends, when the engine fails.
 
     Attributes:
@@ -80,7 +77,6 @@ class Replica:
         engine: Engine,
         *,
         precision: Callable[[], AbstractContextManager[Any]],
-        on_ready: Callable[[], None],
         on_failure: Callable[["Replica"], None],
     ):
         self.engine = engine
@@ -88,32 +84,27 @@ class Replica:
         self.room = engine.slots + CHUNKS_AT_ONCE
         self.is_ready = False
         self._precision = precision
-        self._on_ready, self._on_failure = on_ready, on_failure
-        self._is_stopping = False
-        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._on_failure = on_failure
+        self._inbox: queue.SimpleQueue[Job | BaseException | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-
-    @property
-    def is_alive(self) -> bool:
-        """Tell whether jobs are, or will be, answered."""
-        return self._thread.is_alive()
-
-    def compile(self) -> None:
-        """Compile every program, unless `stop` comes first; else `start` leaves that to the thread."""
-        with _COMPILING, self._precision():
-            self.is_ready = self.engine.compile(is_wanted=lambda: not self._is_stopping)
 
     def start(self) -> None:
         """Begin to answer."""
         self._thread.start()
+        self.is_ready = True
 
     def put(self, job: Job) -> None:
         """Take a job, from any thread."""
         self._inbox.put(job)
 
+    def fail(self, defect: BaseException) -> None:
+        """End as after a defect of the engine's own: that of who compiles for it."""
+        self._inbox.put(defect)
+        if self._thread.ident is None:
+            self._thread.start()
+
     def stop(self) -> None:
         """End the thread once its jobs have ended; returns at once."""
-        self._is_stopping = True
         self._inbox.put(None)
 
     def join(self) -> None:
@@ -123,12 +114,8 @@ class Replica:
 
     def _work(self) -> None:
         try:
-            if not self.is_ready:
-                self.compile()
-            if self.is_ready:
-                self._on_ready()
-                with self._precision():
-                    self._answer_all()
+            with self._precision():
+                self._answer_all()
         except BaseException:
             # A defect of ours: everybody hears of it, and so does whoever runs the service.
             traceback.print_exc(file=sys.stderr)
@@ -141,6 +128,8 @@ class Replica:
             # Sleep while there is nothing to do.
             while not self._inbox.empty() or not (is_busy or is_stopping):
                 job = self._inbox.get()
+                if isinstance(job, BaseException):
+                    raise job
                 if job is None:
                     is_stopping = True
                 else:

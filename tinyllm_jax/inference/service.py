@@ -64,6 +64,7 @@ class ServiceStats(NamedTuple):
 
     slots: int
     replicas: int  # engines that are ready
+    missing_programs: int  # still being compiled; others stand in for them
     busy_slots: int
     waiting: int
     requests_total: int
@@ -184,11 +185,11 @@ class Service:
                 )
                 for device in devices
             ]
-        within = functools.partial(precision, model.config)
+        self._precision = functools.partial(precision, model.config)
         self._replicas = [
-            Replica(engine, precision=within, on_ready=self._hand_out, on_failure=self._fail)
-            for engine in engines
+            Replica(engine, precision=self._precision, on_failure=self._fail) for engine in engines
         ]
+        self._compiler = threading.Thread(target=self._compile_all, name="compiler", daemon=True)
         self.context = engines[0].room  # tokens of question and answer
         self.places = config.slots + config.queue  # answers at work and waiting
         self._open: set[Ticket] = set()
@@ -201,15 +202,35 @@ class Service:
         self._alternatives: dict[int, tuple[str, bytes]] = {}
 
     def start(self) -> None:
-        """Compile every program of one engine, then begin to answer; others join when they are ready."""
-        self._replicas[0].compile()
+        """Compile what one engine cannot do without, then begin to answer.
+
+        What makes it faster, and the other engines, are compiled while it answers.
+        """
+        with self._precision():
+            self._replicas[0].engine.compile(only_enough=True)
+        self._replicas[0].start()
+        self._compiler.start()
+
+    def _compile_all(self) -> None:
+        def is_wanted() -> bool:
+            return not self._closed
+
         for replica in self._replicas:
-            replica.start()
+            try:
+                with self._precision():
+                    if replica is not self._replicas[0]:
+                        if not replica.engine.compile(only_enough=True, is_wanted=is_wanted):
+                            return
+                        replica.start()
+                        self._hand_out()
+                    replica.engine.compile(is_wanted=is_wanted)
+            except BaseException as defect:
+                replica.fail(defect)
 
     @property
     def is_well(self) -> bool:
         """Tell whether questions are taken and answered."""
-        return all(replica.is_alive for replica in self._replicas) and not self._closed
+        return any(replica.is_ready for replica in self._replicas) and not self._closed
 
     def ask(
         self,
@@ -287,6 +308,7 @@ class Service:
         return ServiceStats(
             slots=self._config.slots,
             replicas=sum(replica.is_ready for replica in self._replicas),
+            missing_programs=sum(each.engine.missing_programs for each in self._replicas),
             busy_slots=min(in_work, self._config.slots),
             waiting=max(len(self._open) - in_work, 0),
             requests_total=self._requests,
@@ -311,6 +333,8 @@ class Service:
             self._closed = True
             for ticket in self._open:
                 ticket.cancel()
+        if self._compiler.is_alive():
+            self._compiler.join()
         for replica in self._replicas:
             replica.stop()
         for replica in self._replicas:

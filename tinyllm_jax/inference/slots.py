@@ -59,14 +59,23 @@ class Made(NamedTuple):
 
 
 def empty_rows(config: ModelConfig, begin: Begin, *, slots: int, room: int) -> Rows:
-    """Make all slots, at rest, with what a slot becomes for nobody."""
+    """Make all slots, at rest, with what a slot becomes for nobody.
 
-    def spread(value: Any) -> Array:
-        return jnp.asarray(np.full(slots, value))
+    As NumPy arrays: JAX would compile a program for each shape.
+    """
+    cache = jax.eval_shape(
+        lambda: empty_cache(config, batch=slots, slots=room, dtype=compute_dtype(config))
+    )
+
+    def zeros(form: Any) -> Any:
+        return np.zeros(form.shape, form.dtype)
+
+    def spread(value: Any) -> Any:
+        return np.full(slots, value)
 
     return Rows(
-        cache=empty_cache(config, batch=slots, slots=room, dtype=compute_dtype(config)),
-        present=jnp.zeros((slots, config.vocab_size), bool),
+        cache=jax.tree.map(zeros, cache),
+        present=zeros(jax.ShapeDtypeStruct((slots, config.vocab_size), bool)),
         token=spread(begin.token),
         position=spread(begin.position),
         made=spread(np.int32(0)),

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from tinyllm_jax.config import ModelConfig
@@ -291,6 +292,9 @@ class Transformer(nnx.Module):
         if cache is None and (keeping != "none" or placement().kept is not None):
             policy = KEPT.get(keeping, placement().kept)
             pure = jax.checkpoint(pure, policy=policy, prevent_cse=not config.scan_layers)
+        if isinstance(x, Tracer):
+            # Blocks are alike: one is traced, and the program calls it for each (XLA inlines the calls).
+            pure = jax.jit(pure)
         if keys is not None:
             keys = keys[: config.num_hidden_layers]
         if config.scan_layers and cache is None:

@@ -23,6 +23,7 @@ class ServiceCollector(Collector):
         for name, value, what in (
             ("slots", stats.slots, "answers that can be made at the same time"),
             ("replicas", stats.replicas, "engines that are ready"),
+            ("missing_programs", stats.missing_programs, "programs that are still being compiled"),
             ("busy_slots", stats.busy_slots, "answers that are being made"),
             ("waiting", stats.waiting, "questions that wait for a slot"),
         ):

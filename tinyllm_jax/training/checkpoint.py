@@ -182,15 +182,21 @@ def write_step_folder(
     return folder
 
 
-def open_checkpoint(path: Path, *, on_damaged: Callable[[str], None]) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, on_damaged: Callable[[str], None], prefer_best: bool = False
+) -> Checkpoint:
     """Read the newest good checkpoint of a run or step folder, or of anything `convert` reads.
 
     Adapters are merged into the model that they adapt.
 
+    Args:
+        on_damaged: Told of each checkpoint that is passed over.
+        prefer_best: Of a run folder, `best` is taken where it is good.
+
     Raises:
         InputError: there is none, or it has no tokenizer.
     """
-    return merged(open_to_resume(path, on_damaged=on_damaged))
+    return merged(open_to_resume(path, on_damaged=on_damaged, prefer_best=prefer_best))
 
 
 def merged(checkpoint: Checkpoint) -> Checkpoint:
@@ -227,11 +233,15 @@ def find_adapted(folder: Path) -> Path:
     return run / REFERENCE
 
 
-def open_to_resume(path: Path, *, on_damaged: Callable[[str], None]) -> Checkpoint:
+def open_to_resume(
+    path: Path, *, on_damaged: Callable[[str], None], prefer_best: bool = False
+) -> Checkpoint:
     """Read a checkpoint as `open_checkpoint` does, but adapters as they are, with their moments."""
-    is_ours = any((path / name).exists() for name in ("checkpoints", "meta.json", "checksums.json"))
-    if is_ours or not path.exists():
-        path = find_checkpoint(path, on_damaged=on_damaged)
+    signs = ["checkpoints", "meta.json", "checksums.json"]
+    if prefer_best:
+        signs.append("best/checksums.json")
+    if any((path / sign).exists() for sign in signs) or not path.exists():
+        path = find_checkpoint(path, on_damaged=on_damaged, prefer_best=prefer_best)
         if (path / "state").is_dir():
             with _refusing_what_others_wrote(path):
                 return read_checkpoint(path)

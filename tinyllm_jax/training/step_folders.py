@@ -97,11 +97,13 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def find_checkpoint(path: Path, *, on_damaged: Callable[[str], None]) -> Path:
+def find_checkpoint(
+    path: Path, *, on_damaged: Callable[[str], None], prefer_best: bool = False
+) -> Path:
     """Turn a run or step folder into a step folder whose checksums hold.
 
-    Of a run the newest good checkpoint is taken; each damaged newer one is named through
-    `on_damaged`.
+    Of a run the newest good checkpoint is taken, or `best` where that is preferred and good; each
+    damaged one before it is named through `on_damaged`.
 
     Raises:
         InputError: the path is no run or step folder, or everything in it is damaged.
@@ -116,6 +118,12 @@ def find_checkpoint(path: Path, *, on_damaged: Callable[[str], None]) -> Path:
         return path.resolve()  # `best` is another name for a step
     if not path.exists():
         raise InputError(f"{path}: no such folder. Name a run folder or one of its checkpoints.")
+    best = path / "best"
+    if prefer_best and best.is_dir():
+        problem = damage(best)
+        if problem is None:
+            return best.resolve()
+        on_damaged(f"{best}: damaged checkpoint ({problem}); the newest good one is used.")
     folders = step_folders(path)
     for _, folder in reversed(folders):
         problem = damage(folder)

@@ -15,7 +15,7 @@ from tinyllm_jax.data.asking import as_question, as_text
 from tinyllm_jax.data.tokenizer import Tokenizer
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.settings import build
-from tinyllm_jax.training.step_folders import damage, find_checkpoint
+from tinyllm_jax.training.step_folders import find_checkpoint
 from tinyllm_torch.inference.generate import Generator
 from tinyllm_torch.model.transformer import Transformer
 from tinyllm_torch.model.weights import as_tensors, merge_weights, model_structure
@@ -163,7 +163,7 @@ def load(path: str | Path) -> LanguageModel:
     Raises:
         InputError: there is no good checkpoint.
     """
-    path, best = Path(path), Path(path) / "best"
+    path = Path(path)
     if path.exists() and not holds_checkpoint(path):
         # By name: to read one's own, convert need not be there.
         bundle = importlib.import_module("convert").read(path, prefer_best=True, say=say)
@@ -172,14 +172,7 @@ def load(path: str | Path) -> LanguageModel:
                 f"{path}: holds no tokenizer. Convert it, with --tokenizer PATH, and load that."
             )
         return LanguageModel(bundle.model, bundle.weights, bundle.tokenizer)
-    folder = None
-    if best.is_dir():
-        problem = damage(best)
-        if problem is None:
-            folder = best
-        else:
-            say(f"{best}: damaged checkpoint ({problem}); the newest good one is used.")
-    checkpoint = read_checkpoint(folder or find_checkpoint(path, on_damaged=say))
+    checkpoint = read_checkpoint(find_checkpoint(path, on_damaged=say, prefer_best=True))
     say(f"{checkpoint.folder}: step {checkpoint.step}")
     return LanguageModel(checkpoint.config.model, checkpoint.weights, checkpoint.tokenizer)
 

@@ -1,12 +1,16 @@
 """The service answers many askers at once and loses none of them, whatever they do."""
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from llama_oracle import SMALL, changed, random_weights
 
 from tinyllm_jax.config import EngineConfig, SamplingConfig, TokenizerConfig
@@ -223,29 +227,50 @@ def test_a_defect_of_the_engine_is_told_to_everybody(
     service.stop()
 
 
-def test_programs_that_cannot_be_compiled_are_a_defect_told_to_everybody(
+def test_without_programs_that_cannot_be_compiled_others_answer(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     service = Service(model, EngineConfig(slots=2))
-    engine, asked = service._replicas[0].engine, threading.Event()
+    engine = service._replicas[0].engine
     compile_some = engine.compile
 
     def compile_or_fail(*, only_enough: bool = False, **rest: Any) -> bool:
         if only_enough:
             return compile_some(only_enough=True, **rest)
-        asked.wait(WAIT_SECONDS)
         raise MemoryError
 
     monkeypatch.setattr(engine, "compile", compile_or_fail)
     service.start()
-    monkeypatch.setattr(engine, "step", lambda: True)  # never done
-    asker = Asker(service)
-    asked.set()
-    asker.wait()
-    assert asker.ended == "failed"
+    service._compiler.join()
     assert "MemoryError" in capsys.readouterr().err
-    assert not service.is_well
+    asker = Asker(service)
+    asker.wait()
+    assert asker.ended in ("eos", "length", "context")
+    assert service.is_well
+    assert service.stats().missing_programs == 1
     service.stop()
+
+
+def test_a_process_that_ends_without_stopping_leaves_no_compiler_to_be_killed() -> None:
+    """A thread that is killed in the midst of XLA aborts the whole process."""
+    lines = (
+        "import atexit",
+        "from test_service import model, start",
+        "service = start(model.__wrapped__(), slots=64)",
+        "look = lambda: (service._compiler.is_alive(), service.stats().missing_programs > 0)",
+        "atexit.register(lambda: print(*look()))",
+        "raise SystemExit(3)",
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    ended = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=WAIT_SECONDS,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "False True\n", "")
 
 
 def test_only_a_tokenizer_with_turns_can_chat() -> None:

@@ -16,6 +16,7 @@ Source: continuous batching: Yu et al. 2022, Orca (OSDI), section 3; prompts in 
 
 import functools
 import itertools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -169,6 +170,7 @@ class Engine:
         shapes = [(rows, reach) for rows in self._row_counts() for reach in self._reaches()]
         self._shapes = [everything, *(shape for shape in shapes if shape != everything)]
         self._programs: dict[tuple[int, int], Callable[..., Any]] = {}
+        self._adding = threading.Lock()
         self._read_program: Callable[..., Any] | None = None
 
     @property
@@ -196,7 +198,7 @@ class Engine:
         places = (np.int32(0), np.int32(0), np.int32(0), np.bool_(False))
 
         def lower_all() -> Iterator[tuple[tuple[int, int] | None, Any]]:
-            if self._read_program is None:
+            if self._read_program is None and is_wanted():
                 given = (self._weights, self._rows_form, chunk, places, _begin(None))
                 yield None, self._read.lower(*given)
             for rows, reach in missing:
@@ -204,21 +206,22 @@ class Engine:
                     given = (self._weights, self._rows_form, keep)
                     yield (rows, reach), self._make.lower(*given, rows=rows, reach=reach)
 
-        def compile_one(shape: tuple[int, int] | None, lowered: Any) -> tuple[Any, Any]:
-            return shape, lowered.compile() if is_wanted() else None
-
-        with ThreadPoolExecutor(max_workers=4) as threads:
-            # XLA compiles one while Python lowers the next.
-            under_way = [threads.submit(compile_one, *each) for each in lower_all()]
-            for each in under_way:
-                shape, program = each.result()
-                if program is None:
-                    return False
+        def compile_one(shape: tuple[int, int] | None, lowered: Any) -> None:
+            if not is_wanted():
+                return
+            program = lowered.compile()
+            with self._adding:
                 if shape is None:
                     self._read_program = program
                 else:
                     # A new dictionary, since the thread that steps may look into this one.
                     self._programs = {**self._programs, shape: program}
+
+        with ThreadPoolExecutor(max_workers=4) as threads:
+            # XLA compiles one while Python lowers the next.
+            under_way = [threads.submit(compile_one, *each) for each in lower_all()]
+        for each in under_way:
+            each.result()
         return self._read_program is not None and all(shape in self._programs for shape in meant)
 
     def job(self, request: Request, tell: Callable[[News], None]) -> Job:

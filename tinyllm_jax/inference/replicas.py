@@ -85,23 +85,17 @@ class Replica:
         self.is_ready = False
         self._precision = precision
         self._on_failure = on_failure
-        self._inbox: queue.SimpleQueue[Job | BaseException | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
         """Begin to answer."""
-        self._thread.start()
         self.is_ready = True
+        self._thread.start()
 
     def put(self, job: Job) -> None:
         """Take a job, from any thread."""
         self._inbox.put(job)
-
-    def fail(self, defect: BaseException) -> None:
-        """End as after a defect of the engine's own: that of who compiles for it."""
-        self._inbox.put(defect)
-        if self._thread.ident is None:
-            self._thread.start()
 
     def stop(self) -> None:
         """End the thread once its jobs have ended; returns at once."""
@@ -128,8 +122,6 @@ class Replica:
             # Sleep while there is nothing to do.
             while not self._inbox.empty() or not (is_busy or is_stopping):
                 job = self._inbox.get()
-                if isinstance(job, BaseException):
-                    raise job
                 if job is None:
                     is_stopping = True
                 else:

@@ -189,7 +189,7 @@ class Service:
         self._replicas = [
             Replica(engine, precision=self._precision, on_failure=self._fail) for engine in engines
         ]
-        self._compiler = threading.Thread(target=self._compile_all, name="compiler", daemon=True)
+        self._compiler = threading.Thread(target=self._compile_all, name="compiler")
         self.context = engines[0].room  # tokens of question and answer
         self.places = config.slots + config.queue  # answers at work and waiting
         self._open: set[Ticket] = set()
@@ -213,19 +213,22 @@ class Service:
 
     def _compile_all(self) -> None:
         def is_wanted() -> bool:
-            return not self._closed
+            # A process that ends without `stop` waits for this thread.
+            return not self._closed and threading.main_thread().is_alive()
 
-        for replica in self._replicas:
-            try:
-                with self._precision():
+        try:
+            with self._precision():
+                for replica in self._replicas:
                     if replica is not self._replicas[0]:
                         if not replica.engine.compile(only_enough=True, is_wanted=is_wanted):
                             return
                         replica.start()
                         self._hand_out()
                     replica.engine.compile(is_wanted=is_wanted)
-            except BaseException as defect:
-                replica.fail(defect)
+        except Exception:
+            # What there is goes on to answer, as `missing_programs` tells.
+            if is_wanted():
+                traceback.print_exc(file=sys.stderr)
 
     @property
     def is_well(self) -> bool:

@@ -6,9 +6,9 @@
 
 The cache has a fixed number of slots, and each request in work has one. Prompts are read in chunks
 of one size, a few chunks between two dispatches of new tokens, the prompts in turn, so long prompts
-do not stall the others. What is known of a slot (its last token, place, settings) stays on
-the device; the next dispatch is under way while the host reads the last one. No request makes a
-program: two are compiled before the first step, and a thread may add those that are faster.
+do not stall the others. What is known of a slot (its last token, place, settings) stays on the
+device; the next dispatch is under way while the host reads the last one. No request makes a program:
+two are compiled before the first step, and a thread may add those that are faster.
 
 Source: continuous batching: Yu et al. 2022, Orca (OSDI), section 3; prompts in chunks: Agrawal et al.
 2023, arXiv:2308.16369.
@@ -108,7 +108,7 @@ class Job:
 
 
 class Engine:
-    """Slots, queue and compiled programs for one model; for one thread.
+    """Slots, queue and compiled programs for one model; for one thread, but for `job` and `compile`.
 
     Args:
         config: Shape and arithmetic of the model.
@@ -148,11 +148,12 @@ class Engine:
         self._slots: list[Job | None] = [None] * self.slots
         self._under_way: tuple[Made, list[tuple[int, Job]]] | None = None
         structure, _ = model_structure(config)
+        kept = dict(weights)
         if device is not None and device.platform == "cpu":
             # What NumPy sees is where the array is, and JAX takes it over as it is: all engines read
             # the same memory.
-            weights = jax.tree.map(np.asarray, dict(weights))
-        self._weights = jax.device_put(dict(weights), device)
+            kept = jax.tree.map(np.asarray, kept)
+        self._weights = jax.device_put(kept, device)
         self._rows = jax.device_put(
             empty_rows(config, _begin(None), slots=self.slots, room=self.room), device
         )
@@ -225,7 +226,7 @@ class Engine:
         return self._read_program is not None and all(shape in self._programs for shape in meant)
 
     def job(self, request: Request, tell: Callable[[News], None]) -> Job:
-        """Check a request and make a job of it; this alone may be called from any thread.
+        """Check a request and make a job of it; may be called from any thread.
 
         Args:
             request: Prompt and settings.

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyllm_jax.config import ModelConfig
+from tinyllm_jax.config import ModelConfig, SamplingConfig
+from tinyllm_jax.inference.generate import Generator, row_settings
 from tinyllm_jax.inference.sampling import first_largest
 from tinyllm_jax.model import compiled as compiling
-from tinyllm_jax.model import decoding, transformer
+from tinyllm_jax.model import decoding, decoding_weights, transformer
 from tinyllm_jax.model.attention import reference_attention
 from tinyllm_jax.model.kv_cache import LayerCache, empty_cache, visible_slots, write
-from tinyllm_jax.model.weights import initial_weights, merge_weights, model_structure
+from tinyllm_jax.model.weights import HEAD, initial_weights, merge_weights, model_structure
 
 
 def draw(seed: int, *shape: int) -> jax.Array:
@@ -52,11 +53,16 @@ def test_no_block_is_read_behind_the_furthest_query() -> None:
 
 def test_a_table_times_rows_is_the_rows_times_the_table() -> None:
     table = draw(0, 40, 16)
-    for count in (2, decoding.FEW_ROWS):
+    for count, turns in (
+        (1, False),
+        (2, True),
+        (decoding.FEW_ROWS, True),
+        (decoding.FEW_ROWS + 1, False),
+    ):
         rows = draw(count, count, 16)
-        assert decoding.goes_turned(rows)
         np.testing.assert_allclose(decoding.times_table(rows, table), rows @ table.T, atol=1e-5)
-    assert not decoding.goes_turned(draw(0, decoding.FEW_ROWS + 1, 16))
+        lowered = jax.jit(decoding.times_table).lower(rows, table).as_text()
+        assert ("optimization_barrier" in lowered) == turns, count
 
 
 def test_one_token_is_written_where_many_are() -> None:
@@ -79,23 +85,87 @@ def test_one_token_takes_the_ways_of_few_rows(monkeypatch: pytest.MonkeyPatch) -
     structure, _ = model_structure(config)
     model = merge_weights(structure, initial_weights(config, seed=0))
     calls: list[str] = []
-    for name in ("cached_attention", "times_table"):
-        way = getattr(decoding, name)
-        monkeypatch.setattr(
-            transformer, name, lambda *a, way=way, name=name: (calls.append(name), way(*a))[1]
-        )
+    way = decoding.cached_attention
+    monkeypatch.setattr(
+        transformer, "cached_attention", lambda *a: (calls.append("blocks"), way(*a))[1]
+    )
 
-    def logits(rows: int) -> None:
+    def read(rows: int) -> None:
         cache: tuple[LayerCache, ...] = empty_cache(
             config, batch=rows, slots=16, dtype=jnp.dtype("float32")
         )
         tokens = jnp.ones((rows, 1), jnp.int32)
-        model.logits(model.hidden(tokens, tokens, cache=cache).states)
+        model.hidden(tokens, tokens, cache=cache)
 
-    logits(1)
-    assert calls == ["cached_attention"]
-    logits(2)
-    assert calls == ["cached_attention", "times_table"]
+    read(2)
+    assert calls == []
+    read(1)
+    assert calls == ["blocks"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, decoding_weights.ROWS_OF_TABLE])
+def test_weights_for_few_rows_give_the_same_logits(rows: int, tied: bool) -> None:
+    config = ModelConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, intermediate_size=24, max_position_embeddings=16,
+        tie_word_embeddings=tied, qk_norm=True,
+    )  # fmt: skip
+    weights = initial_weights(config, seed=0)
+    tokens = jnp.arange(3 * rows).reshape(rows, 3) % 32
+    expected = merge_weights(model_structure(config)[0], weights)(tokens)
+
+    suited = decoding_weights.suit_rows(config, weights, rows=rows)
+    assert (HEAD in suited) == (not tied or rows < decoding_weights.ROWS_OF_TABLE)
+    turned = {n for n, w in suited.items() if isinstance(w, decoding_weights.Turned)}
+    assert len(turned) == (7 * config.num_hidden_layers if rows == 1 else 0)
+    for forms in (suited, decoding_weights.add_head(config, weights)):
+        model = decoding_weights.decoding_model(config, forms, rows=rows)
+        assert hasattr(model, "lm_head") == (not tied or rows < decoding_weights.ROWS_OF_TABLE)
+        np.testing.assert_allclose(model(tokens), expected, atol=1e-6)
+
+
+def test_experts_and_routers_are_not_turned() -> None:
+    config = ModelConfig(num_hidden_layers=1, num_experts=2, num_shared_experts=1, vocab_size=32)
+    weights = initial_weights(config, seed=0)
+    suited = decoding_weights.suit_rows(config, weights, rows=1)
+    turned = {n for n, w in suited.items() if isinstance(w, decoding_weights.Turned)}
+    assert turned
+    assert all(
+        weights[name].ndim == 2 and "experts" not in name.replace("shared_experts", "")
+        for name in turned
+    )
+    tokens = jnp.ones((1, 3), jnp.int32)
+    model = decoding_weights.decoding_model(config, suited, rows=1)
+    expected = merge_weights(model_structure(config)[0], weights)(tokens)
+    np.testing.assert_allclose(model(tokens), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_loop_over_tokens_holds_turned_matrices_for_one_row(rows: int) -> None:
+    config = ModelConfig(
+        vocab_size=128, hidden_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=24, intermediate_size=80, max_position_embeddings=64,
+    )  # fmt: skip
+    number, sampling = np.zeros(rows, np.int32), SamplingConfig(greedy=True)
+    program = Generator(config)._run.lower(
+        initial_weights(config, seed=0),
+        np.ones((rows, 32), np.int32),
+        number + 1,
+        np.zeros((rows, config.vocab_size), bool),
+        number + 5,
+        number,
+        np.int32(-1),
+        row_settings(sampling, rows=rows),
+        slots=64,
+        samples=1,
+    )
+    # The compiler may neither undo the copies nor read them in the old order.
+    lines = program.compile().as_text().splitlines()
+    (carried,) = [line for line in lines if " while(" in line and "f32[48,48]" in line]
+    assert ("f32[24,48]{1,0}" in carried) == (rows == 1)  # k_proj and v_proj
+    assert ("f32[48,24]" in carried) == (rows > 1)
+    assert "f32[48,128]{1,0}" in carried  # the head
 
 
 def test_the_first_of_equal_logits_is_taken() -> None:

@@ -53,7 +53,8 @@ ONLY_IN_JAX_FILES = {
     *(f"inference/{name}.py" for name in ("stored_weights", "text_stream")),
     *(f"inference/{name}.py" for name in ("talk", "talk_commands", "terminal")),
     *("model/grouped_dot.py", "model/placement.py", "objectives/device_rows.py"),
-    *("model/attention_rows.py", "model/compiled.py", "model/decoding.py", "model/lora.py"),
+    *("model/attention_rows.py", "model/compiled.py", "model/lora.py"),
+    *("model/decoding.py", "model/decoding_weights.py"),
     *(
         f"objectives/{name}.py"
         for name in ("conversations", "pairs", "rewards", "rollouts", "policy_objective")

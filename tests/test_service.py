@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from llama_oracle import SMALL, changed, random_weights
@@ -21,6 +22,7 @@ from tinyllm_jax.data.toy_stories import generate_stories
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference.language_model import LanguageModel
 from tinyllm_jax.inference.service import DrainingError, Piece, QueueFullError, Service, Ticket
+from tinyllm_jax.model.weights import EMBEDDING, HEAD
 
 STORIES = [*generate_stories(seed=3, start=0, stop=60)]
 LONG = SamplingConfig(temperature=1.0, max_new_tokens=90)
@@ -297,6 +299,16 @@ def test_the_model_is_let_go_where_weights_are_kept_in_fewer_bits() -> None:
     gc.collect()
     assert left() is None
     assert not service.is_well
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_engines_hold_a_copy_of_the_head_of_a_tied_model(model: LanguageModel, tied: bool) -> None:
+    config = changed(model.config, tie_word_embeddings=tied)
+    other = LanguageModel(config, random_weights(config), model.tokenizer)
+    service = Service(other, EngineConfig(slots=1))
+    weights = service._replicas[0].engine._weights
+    is_copy = np.array_equal(weights[HEAD], weights[EMBEDDING].T)
+    assert is_copy == tied
 
 
 def test_whoever_hears_of_the_end_may_ask_at_once(model: LanguageModel) -> None:

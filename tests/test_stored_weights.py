@@ -11,8 +11,9 @@ from llama_oracle import SMALL, changed, random_weights
 from tinyllm_jax.data.toy_stories import generate_stories
 from tinyllm_jax.inference.language_model import load
 from tinyllm_jax.inference.stored_weights import Rounded, restore, round_to_int8, store
+from tinyllm_jax.model.decoding_weights import add_head
 from tinyllm_jax.model.moe import ROUTER
-from tinyllm_jax.model.weights import merge_weights, model_structure
+from tinyllm_jax.model.weights import EMBEDDING, HEAD, merge_weights, model_structure
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -46,6 +47,15 @@ def test_norms_and_routers_are_not_rounded() -> None:
         plain = name.endswith(ROUTER) or "norm" in name
         assert isinstance(value, Rounded) != plain, name
     assert restore(stored, dtype=FLOAT32).keys() == random_weights(config).keys()
+
+
+@pytest.mark.parametrize("kind", ["auto", "bfloat16", "int8"])
+def test_the_copy_of_the_head_holds_the_numbers_of_the_table(kind: str) -> None:
+    config = changed(SMALL, tie_word_embeddings=True)
+    weights = {name: jnp.asarray(value) for name, value in random_weights(config).items()}
+    stored = store(add_head(config, weights), kind=kind, dtype=FLOAT32)
+    found = restore(stored, dtype=FLOAT32)
+    np.testing.assert_array_equal(found[HEAD], found[EMBEDDING].T)
 
 
 @pytest.mark.parametrize(("kind", "smaller"), [("bfloat16", 1.9), ("int8", 3.0)])

@@ -33,7 +33,6 @@ from tinyllm_jax.inference.sampling import RowSettings
 from tinyllm_jax.inference.slots import Begin, Made, empty_rows, make_tokens, read_chunk
 from tinyllm_jax.model.compiled import compiled
 from tinyllm_jax.model.layers import compute_dtype
-from tinyllm_jax.model.weights import model_structure
 
 # Chunks that are read between two dispatches at most; those that get tokens wait for them.
 CHUNKS_AT_ONCE = 4
@@ -112,7 +111,8 @@ class Engine:
 
     Args:
         config: Shape and arithmetic of the model.
-        weights: The flat dictionary of `tinyllm_jax.model.weights`, in the form that `store` gave it.
+        weights: The flat dictionary of `tinyllm_jax.model.weights`, in the form that `store` gave it,
+            with or without the head that `add_head` makes.
         tokens: Ids from here on are never picked.
         settings: Room, chunk size and tokens of a dispatch; the form of the weights is theirs already.
         slots: How many of the slots are this engine's; None is all.
@@ -147,7 +147,6 @@ class Engine:
         self._turns = itertools.count()
         self._slots: list[Job | None] = [None] * self.slots
         self._under_way: tuple[Made, list[tuple[int, Job]]] | None = None
-        structure, _ = model_structure(config)
         kept = dict(weights)
         if device is not None and device.platform == "cpu":
             # What NumPy sees is where the array is, and JAX takes it over as it is: all engines read
@@ -157,9 +156,9 @@ class Engine:
         self._rows = jax.device_put(
             empty_rows(config, _begin(None), slots=self.slots, room=self.room), device
         )
-        self._read = compiled(functools.partial(read_chunk, config, structure), donate_argnums=1)
+        self._read = compiled(functools.partial(read_chunk, config), donate_argnums=1)
         self._make = compiled(
-            functools.partial(make_tokens, config, structure, tokens, settings.tokens_per_dispatch),
+            functools.partial(make_tokens, config, tokens, settings.tokens_per_dispatch),
             static_argnames=("rows", "reach"),
             donate_argnums=1,
         )

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from tinyllm_jax.config import ModelConfig, SamplingConfig
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference.sampling import RowSettings, next_tokens
 from tinyllm_jax.model.compiled import compiled
+from tinyllm_jax.model.decoding_weights import decoding_model, suit_rows
 from tinyllm_jax.model.kv_cache import LayerCache, empty_cache
 from tinyllm_jax.model.layers import compute_dtype
 from tinyllm_jax.model.moe import ROUTER
@@ -62,9 +62,8 @@ class Generator:
     def __init__(self, config: ModelConfig, *, tokens: int | None = None, longest_prompt: int = 0):
         self.config = config
         self._longest_prompt = longest_prompt
-        structure, _ = model_structure(config)
         self._run = compiled(
-            functools.partial(_continue_rows, config, structure, tokens or config.vocab_size),
+            functools.partial(_continue_rows, config, tokens or config.vocab_size),
             static_argnames=("slots", "samples"),
         )
 
@@ -261,7 +260,6 @@ class _Rows(NamedTuple):
 
 def _continue_rows(
     config: ModelConfig,
-    structure: nnx.GraphDef,
     known: int,
     weights: Weights,
     tokens: Int[Array, "prompts width"],
@@ -279,21 +277,21 @@ def _continue_rows(
     # The model casts each weight where it is used, but routers, which compute in float32 at least;
     # done here it costs once, not at each token.
     dtype = compute_dtype(config)
-    model = merge_weights(
-        structure,
-        {n: w if n.endswith(ROUTER) else w.astype(dtype) for n, w in weights.items()},
-    )
+    weights = {n: w if n.endswith(ROUTER) else w.astype(dtype) for n, w in weights.items()}
+    model = merge_weights(model_structure(config)[0], weights)
     cache = read_prompts(model, tokens, slots=slots)
     cache = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), cache)
     last = jnp.take_along_axis(tokens, (lengths - 1)[:, None], axis=1)[:, 0]
     last, lengths = (jnp.repeat(x, samples, axis=0) for x in (last, lengths))
     count = lengths.shape[0]
     every_row = jnp.arange(count)
+    suited = suit_rows(config, weights, rows=count)
 
     def read_and_draw(rows: _Rows) -> _Rows:
         # At step 0 this reads the last token of the prompt once more, so that the program holds head
         # and sampler once.
         positions = (lengths - 1 + rows.step)[:, None]
+        model = decoding_model(config, suited, rows=count)
         hidden = model.hidden(rows.token[:, None], positions, cache=rows.cache)
         assert hidden.cache is not None
         logits = model.logits(hidden.states)[:, 0]

@@ -22,6 +22,7 @@ from tinyllm_jax.inference.language_model import LanguageModel, precision
 from tinyllm_jax.inference.replicas import Replica, replica_devices
 from tinyllm_jax.inference.stored_weights import store
 from tinyllm_jax.inference.text_stream import TextStream, token_bytes
+from tinyllm_jax.model.decoding_weights import add_head
 from tinyllm_jax.model.layers import compute_dtype
 
 
@@ -173,7 +174,8 @@ class Service:
         assert config.slots % len(devices) == 0
         with precision(model.config):
             # Not the model's own, which would lie beside those that are kept in fewer bits.
-            weights = store(model.weights, kind=config.weights, dtype=compute_dtype(model.config))
+            weights = add_head(model.config, model.weights)
+            weights = store(weights, kind=config.weights, dtype=compute_dtype(model.config))
             engines = [
                 Engine(
                     model.config,

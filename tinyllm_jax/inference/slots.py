@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tinyllm_jax.config import ModelConfig
 from tinyllm_jax.inference.sampling import RowSettings, next_tokens
 from tinyllm_jax.inference.stored_weights import restore
+from tinyllm_jax.model.decoding_weights import decoding_model
 from tinyllm_jax.model.kv_cache import LayerCache, empty_cache
 from tinyllm_jax.model.layers import compute_dtype
-from tinyllm_jax.model.weights import merge_weights
 
 # The likeliest tokens that can be told with each token; OpenAI's limit, too.
 MOST_ALTERNATIVES = 20
@@ -88,7 +87,6 @@ def empty_rows(config: ModelConfig, begin: Begin, *, slots: int, room: int) -> R
 
 def read_chunk(
     config: ModelConfig,
-    structure: nnx.GraphDef,
     weights: Any,
     rows: Rows,
     chunk: Int[Array, "1 size"],
@@ -102,7 +100,8 @@ def read_chunk(
         places: Slot, position of the first token, number of tokens, whether the prompt ends here.
     """
     slot, start, count, is_last = places
-    model = merge_weights(structure, restore(weights, dtype=compute_dtype(config)))
+    weights = restore(weights, dtype=compute_dtype(config))
+    model = decoding_model(config, weights, rows=chunk.shape[1])
     # Out of range is written nowhere, neither into the cache nor among the present tokens.
     number = jnp.arange(chunk.shape[1])
     room = rows.cache[0].slots()
@@ -135,7 +134,6 @@ def read_chunk(
 
 def make_tokens(
     config: ModelConfig,
-    structure: nnx.GraphDef,
     known: int,
     most: int,
     weights: Any,
@@ -151,7 +149,8 @@ def make_tokens(
         keep: The rows that go on; a row that is cancelled or being read must not.
         reach: Slots of the cache that are looked at.
     """
-    model = merge_weights(structure, restore(weights, dtype=compute_dtype(config)))
+    weights = restore(weights, dtype=compute_dtype(config))
+    model = decoding_model(config, weights, rows=rows)
     part: Rows = jax.tree.map(lambda x: x[:rows], everything)
     part = part._replace(
         cache=jax.tree.map(lambda x: x[:, :, :reach], part.cache),

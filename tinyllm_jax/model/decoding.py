@@ -3,6 +3,8 @@
 Letters: b batch, q query position, k slot, n key/value head, d head width (as in `attention`).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -12,31 +14,29 @@ from tinyllm_jax.model.attention_rows import head_product
 from tinyllm_jax.model.layers import matmul_precision
 
 # Up to so many rows a table times the rows was measured to be faster than the other way around.
-FEW_ROWS = 32
+FEW_ROWS = 256
 # Slots of a cache that are read together.
 CACHE_BLOCK = 64
-
-
-def goes_turned(rows: Float[Array, "rows in"]) -> bool:
-    """Tell whether `times_table` is faster than the rows times the transposed table."""
-    return jax.default_backend() == "cpu" and 1 < len(rows) <= FEW_ROWS
 
 
 def times_table(
     rows: Float[Array, "rows in"], table: Float[Array, "out in"]
 ) -> Float[Array, "rows out"]:
-    """Multiply few rows with each row of a table, summing in float32 (float64 stays float64).
+    """Multiply rows with each row of a table, summing in float32 (float64 stays float64).
 
-    XLA's CPU backend takes up to three times as long with the table on the right. The barriers keep it
-    from turning the product back.
+    XLA's CPU backend takes up to three times as long for few rows with the table on the right; the
+    barriers keep it from turning the product back. One row it divides among all cores, but only with the
+    table on the right.
     """
-    turned = jnp.matmul(
-        table,
-        jax.lax.optimization_barrier(rows.T),
-        precision=matmul_precision(rows.dtype),
-        preferred_element_type=jnp.promote_types(rows.dtype, jnp.float32),
-    )
-    return jax.lax.optimization_barrier(turned).T
+    arguments: Any = {
+        "precision": matmul_precision(rows.dtype),
+        "preferred_element_type": jnp.promote_types(rows.dtype, jnp.float32),
+    }
+    if jax.default_backend() == "cpu" and 1 < len(rows) <= FEW_ROWS:
+        turned = jnp.matmul(table, jax.lax.optimization_barrier(rows.T), **arguments)
+        return jax.lax.optimization_barrier(turned).T
+    # The transpose stands by itself, not in the product's own axes: only so XLA divides it.
+    return jnp.matmul(rows, table.T, **arguments)
 
 
 def reads_in_blocks(query: Array, *, implementation: str) -> bool:

@@ -23,7 +23,6 @@ from tinyllm_jax.config import ModelConfig
 from tinyllm_jax.model.attention import attention, segment_mask
 from tinyllm_jax.model.decoding import (
     cached_attention,
-    goes_turned,
     reads_in_blocks,
     times_table,
 )
@@ -321,17 +320,12 @@ class Transformer(nnx.Module):
         dtype = hidden.dtype
         rows = hidden.reshape(-1, hidden.shape[-1])
         if self.config.tie_word_embeddings:
-            equation, matrix = "re,ve->rv", self.embed_tokens.weight[...]
-        else:
-            equation, matrix = "re,ev->rv", self.lm_head.kernel[...]
-        matrix = jnp.asarray(matrix, dtype)
-        if self.config.tie_word_embeddings and goes_turned(rows):
-            logits = times_table(rows, matrix)
+            logits = times_table(rows, jnp.asarray(self.embed_tokens.weight[...], dtype))
         else:
             logits = jnp.einsum(
-                equation,
+                "re,ev->rv",
                 rows,
-                matrix,
+                jnp.asarray(self.lm_head.kernel[...], dtype),
                 precision=matmul_precision(dtype),
                 preferred_element_type=jnp.promote_types(dtype, jnp.float32),
             )

@@ -267,12 +267,10 @@ class Transformer(nn.Module):
         dtype = hidden.dtype
         wide = torch.promote_types(dtype, torch.float32)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        if self.config.tie_word_embeddings:
-            equation, matrix = "re,ve->rv", self.embed_tokens.weight
-        else:
-            equation, matrix = "re,ev->rv", self.lm_head.weight.T
+        tied = self.config.tie_word_embeddings
+        matrix = (self.embed_tokens if tied else self.lm_head).weight.T
         # torch rounds a product to its inputs' type, so they are widened first; no bit is lost.
-        logits = torch.einsum(equation, rows.to(wide), matrix.to(dtype).to(wide))
+        logits = torch.einsum("re,ev->rv", rows.to(wide), matrix.to(dtype).to(wide))
         return logits.reshape(*hidden.shape[:-1], -1)
 
     def scores(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq"]:

@@ -20,7 +20,7 @@ from convert.bundle import (
     size_in_bytes,
     without_values,
 )
-from convert.detect import detect, is_run_folder, newest_or_best, read_tensor_file
+from convert.detect import detect, is_run_folder, read_tensor_file
 from convert.formats import gguf, huggingface, llama2c, orbax, peft, safetensors, torch_file
 from convert.landing import landing
 from convert.setting_values import check_held
@@ -30,6 +30,7 @@ from tinyllm_jax.config import ModelConfig
 from tinyllm_jax.data.files import free_name
 from tinyllm_jax.data.sentencepiece_bpe import SentencePieceTokenizer
 from tinyllm_jax.errors import InputError
+from tinyllm_jax.training.step_folders import find_checkpoint
 
 FORMATS = ("orbax", "torch", "safetensors", "hf", "llama2c", "gguf")
 # What else may be written, of runs that train adapters.
@@ -88,7 +89,7 @@ def read(
     path = Path(path)
     kind = detect(path)
     if is_run_folder(path) and kind in ("orbax", "safetensors"):
-        path = newest_or_best(path, prefer_best=prefer_best, say=say)
+        path = find_checkpoint(path, on_damaged=say, prefer_best=prefer_best)
         kind = detect(path)
     readers: dict[str, Callable[[], Bundle]] = {
         "orbax": lambda: orbax.read(path, say=say),
@@ -219,7 +220,9 @@ def convert_adapters(
                 f"{flag} {value}: says nothing to --to peft, which holds adapters alone."
             )
     detect(source)
-    step = newest_or_best(source, prefer_best=True, say=say) if is_run_folder(source) else source
+    step = source
+    if is_run_folder(source):
+        step = find_checkpoint(source, on_damaged=say, prefer_best=True)
     step = step.resolve()  # `best` is another name for a step
     facts = peft.export(step, target, verify=verify, replace=overwrite)
     return Report(

@@ -1,8 +1,5 @@
 """Tell what a source is by its content, never by its name alone."""
 
-import os
-import re
-from collections.abc import Callable
 from pathlib import Path
 
 from convert.bundle import Bundle
@@ -11,6 +8,7 @@ from convert.hugging_face_config import read_config
 from convert.tensor_file import looks_like_safetensors, read_tensors
 from tinyllm_jax.config import ModelConfig
 from tinyllm_jax.errors import InputError
+from tinyllm_jax.training.step_folders import step_folders
 
 KNOWN = (
     "a run or step folder, a Hugging Face folder, .pt or .pth of PyTorch, .safetensors, .bin of "
@@ -46,33 +44,6 @@ def detect(path: Path) -> str:
     raise InputError(f"{path}: not a known format (it begins with {start!r}). Give {KNOWN}.")
 
 
-def newest_or_best(path: Path, *, prefer_best: bool, say: Callable[[str], None]) -> Path:
-    """Choose the checkpoint of a run folder.
-
-    Args:
-        prefer_best: Take the one of lowest validation loss where there is one, as `load` does;
-            otherwise the newest good one, from which training goes on.
-
-    Raises:
-        InputError: every checkpoint in it is damaged, or there is none.
-    """
-    folders = _step_folders(path)
-    best = path / "best"
-    if prefer_best and os.path.lexists(best):
-        problem = safetensors.damage(best)
-        if problem is None:
-            return best
-        say(f"{best}: damaged checkpoint ({problem}); the newest good one is used.")
-    if not folders:
-        raise InputError(f"{path}: its checkpoints/ is empty. Give {KNOWN}.")
-    for folder in reversed(folders):
-        problem = safetensors.damage(folder)
-        if problem is None:
-            return folder
-        say(f"{folder}: damaged checkpoint ({problem}); the one before it is used.")
-    raise InputError(f"{path}: every checkpoint in it is damaged. Give another run.")
-
-
 def is_run_folder(path: Path) -> bool:
     """Tell a folder that holds checkpoints."""
     return path.is_dir() and (path / "checkpoints").is_dir()
@@ -105,7 +76,7 @@ def _detect_folder(path: Path) -> str:
         if module.matches(path):
             return module.NAME
     if is_run_folder(path):
-        folders = _step_folders(path)
+        folders = [folder for _, folder in step_folders(path)]
         return orbax.NAME if not folders or orbax.matches(folders[-1]) else safetensors.NAME
     if any((path / name).is_file() for name in ("meta.json", "checksums.json")):
         return orbax.NAME  # a damaged one, which its reader explains
@@ -116,10 +87,3 @@ def _detect_folder(path: Path) -> str:
             f"there, or give the file itself with --config."
         )
     raise InputError(f"{path}: a folder with neither config.json nor checkpoints. Give {KNOWN}.")
-
-
-def _step_folders(path: Path) -> list[Path]:
-    folder = path / "checkpoints"
-    entries = list(folder.iterdir()) if folder.is_dir() else []
-    found = [entry for entry in entries if re.fullmatch("[0-9]+", entry.name) and entry.is_dir()]
-    return sorted(found, key=lambda entry: int(entry.name))

@@ -3,6 +3,7 @@
 import _thread
 import json
 import logging
+import re
 import shutil
 import sys
 import threading
@@ -145,10 +146,60 @@ def test_a_damaged_step_folder_named_by_itself_is_refused(tmp_path, tokenizer):
         find_checkpoint(tmp_path, on_damaged=lambda _: None)
 
 
+@pytest.mark.parametrize(
+    ("sums", "expected"),
+    [
+        (None, "checksums.json is missing"),
+        ("[[[1], 2]]", "cannot be read and compared"),
+        ("[" * 100_000, "cannot be read and compared"),
+        ('{"a\\u001b[2Jb": "0"}', r"a\x1b[2Jb is missing"),
+        (json.dumps({"\ud800" * 5000: "0"}), r"\ud800 is missing"),
+        (json.dumps({"\a" * 250: "0"}), r"\x07 is missing"),
+    ],
+)
+def test_checksums_of_any_content_are_damage_told_in_one_short_line(tmp_path, sums, expected):
+    if sums is not None:
+        (tmp_path / "checksums.json").write_text(sums)
+    problem = damage(tmp_path)
+    assert problem is not None
+    assert expected in problem
+    assert problem.isprintable()
+    assert len(problem) < 400
+
+
+def test_a_folder_that_may_not_be_looked_into_is_passed_over(tmp_path, tokenizer, monkeypatch):
+    good, locked = save(tmp_path, 2, tokenizer), save(tmp_path, 3, tokenizer)
+    is_file = Path.is_file
+
+    def refuse(path: Path) -> bool:
+        if locked in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    said: list[str] = []
+    assert find_checkpoint(tmp_path, on_damaged=said.append) == good
+    assert "3: damaged checkpoint (its files cannot be read" in said[0]
+
+
+def test_a_best_that_points_nowhere_is_told_and_passed_over(tmp_path, tokenizer):
+    newest = save(tmp_path, 3, tokenizer)
+    (tmp_path / "best").symlink_to("checkpoints/2")
+    said: list[str] = []
+    found = find_checkpoint(tmp_path, on_damaged=said.append, prefer_best=True)
+    assert found == newest
+    assert len(said) == 1
+    assert "best: damaged checkpoint (checksums.json is missing)" in said[0]
+
+
 def test_what_is_no_run_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         find_checkpoint(tmp_path / "none", on_damaged=forbid)
     with pytest.raises(InputError, match="neither a run folder nor a checkpoint"):
+        find_checkpoint(tmp_path, on_damaged=forbid)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/9").write_text("no folder")
+    with pytest.raises(InputError, match="has no checkpoint yet. Name another run, or train this"):
         find_checkpoint(tmp_path, on_damaged=forbid)
 
 
@@ -264,6 +315,22 @@ def test_threads_that_a_failed_save_leaves_are_silent_and_no_others(monkeypatch,
     say_in_background(other, "of another")
     say(orbax, "of the main thread")
     assert caplog.messages == ["after a good save", "of another", "of the main thread"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_orbax"),
+    [
+        ("async_serialize_from_host.<locals>.write_fragment", True),
+        ("_async_serialize_shardings", True),
+        ("NumpyHandler._background_serialize", True),
+        ("SavePass.<locals>._coro_with_registration", True),
+        ("serve", False),
+        ("Server.<locals>.write_fragment", False),
+    ],
+)
+def test_tasks_that_a_failed_save_never_began_are_known_by_name(name, is_orbax):
+    said = f"coroutine '{name}' was never awaited"
+    assert bool(re.match(checkpoint_file._NOT_BEGUN, said)) == is_orbax
 
 
 def test_a_failed_read_silences_nothing_but_its_own_late_threads(monkeypatch, recwarn):

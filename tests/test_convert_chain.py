@@ -2,16 +2,13 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import ROOT, SMALL_RUN
+from conftest import SMALL_RUN, run_python
 from convert_cases import (
     GROUPED,
     UNTIED,
@@ -33,6 +30,7 @@ from tinyllm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenize
 from tinyllm_jax.data.toy_stories import generate_stories
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.training.checkpoint import read_checkpoint
+from tinyllm_jax.training.step_folders import mark_best
 
 COMPILED_PLAINLY = True  # as the run that goes on here
 PROMPT = "Once upon a time"
@@ -141,9 +139,10 @@ def test_a_run_that_went_through_torch_goes_on_as_if_it_had_not(
     assert_same_run(convert.read(tmp_path / "run"), convert.read(trained_run))
 
 
-def test_of_a_run_the_newest_goes_on_and_the_best_is_exported(trained_run, tmp_path):
-    assert convert.read(trained_run).layout["read_from"].endswith("checkpoints/20")
-    assert convert.read(trained_run, prefer_best=True).layout["read_from"].endswith("best")
+def test_of_a_run_the_newest_goes_on_and_the_best_is_exported(run_copy):
+    mark_best(run_copy, 10)
+    assert convert.read(run_copy).layout["read_from"].endswith("checkpoints/20")
+    assert convert.read(run_copy, prefer_best=True).layout["read_from"].endswith("checkpoints/10")
 
 
 def test_a_run_folder_of_the_torch_twin_is_read_at_its_newest_good_checkpoint(tmp_path):
@@ -309,14 +308,7 @@ def test_llama2c_tokenizers_come_back_with_the_same_ids(sentencepiece, tmp_path)
 
 
 def test_the_command_prints_a_report(trained_run, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "convert", trained_run, "x.pt"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_python("-m", "convert", trained_run, "x.pt", folder=tmp_path, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0].endswith(

@@ -28,6 +28,7 @@ from convert_cases import (
 import convert
 from convert.formats import safetensors
 from tinyllm_jax.errors import InputError
+from tinyllm_jax.training import step_folders
 
 METAS: dict[str, Any] = {
     "step is text": ({"step": "soon"}, "step=soon is not a whole number"),
@@ -337,7 +338,7 @@ def test_a_damaged_best_is_said_and_the_newest_is_taken(damage, run_copy):
     found = convert.read(run_copy, prefer_best=True, say=said.append)
     newest = max((run_copy / "checkpoints").iterdir(), key=lambda path: int(path.name))
     # Where `best` points at the newest, the one before it is the newest good one.
-    whole = [p for p in (run_copy / "checkpoints").iterdir() if safetensors.damage(p) is None]
+    whole = [p for p in (run_copy / "checkpoints").iterdir() if step_folders.damage(p) is None]
     assert Path(found.layout["read_from"]) == max(whole, key=lambda path: int(path.name))
     assert re.search(r"best: damaged checkpoint \(.*\); the newest good one is used\.", said[0])
     assert len(said) == 1 + (newest not in whole)

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from convert.bundle import Arrays, Bundle, from_meta_table, meta_table
-from convert.checks import shown
 from convert.tensor_file import looks_like_safetensors, read_tensors, write_tensors
 from tinyllm_jax.data.files import sha256_of_file
 from tinyllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tinyllm_jax.errors import InputError
-from tinyllm_jax.training import step_folders
+from tinyllm_jax.training.step_folders import damage
 
 NAME = "safetensors"
 MODEL, OPTIMIZER, META, SUMS = (
@@ -125,14 +124,3 @@ def _write_file(bundle: Bundle, path: Path) -> None:
         tensors[TOKENIZER] = np.frombuffer(bundle.tokenizer.to_bytes(), np.uint8)
         metadata["tokenizer_file"] = bundle.tokenizer.file_name
     write_tensors(path, tensors, metadata=metadata)
-
-
-def damage(path: Path) -> str | None:
-    """Say what is wrong with the files of a step folder, of either package, or None."""
-    if not (path / SUMS).is_file():
-        return f"{SUMS} is missing"
-    try:
-        problem = step_folders.damage(path)
-        return problem and shown(problem)
-    except RecursionError:
-        return f"{SUMS} is nested too deeply"

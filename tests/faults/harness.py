@@ -1,6 +1,7 @@
 """What every kind of fault shares: tiny runs, a verdict on how one ended, and the count of verdicts."""
 
 import contextlib
+import gc
 import os
 import sys
 import tempfile
@@ -86,6 +87,7 @@ def call(*flags: str) -> Ended:
         try:
             with contextlib.redirect_stderr(stream):
                 code = ended_with(flags)
+                gc.collect()  # what a failed save left ends here, as it would with its process
             stream.flush()
         finally:
             os.dup2(kept, 2)

@@ -60,7 +60,7 @@ DATA_FILE_BYTES = 1 << 24
 _LIBRARIES_OF_ORBAX = ("asyncio", "concurrent.futures")
 _CLOSED_LOOP = "Event loop is closed"
 _NOT_BEGUN = (
-    r"coroutine '(\w*Handler\.\w+|_async_serialize\w*|"
+    r"coroutine '(\w*Handler\.\w+|_?async_serialize\w*(\.<locals>\.\w+)?|"
     r"\S*_coro_with_registration)' was never awaited"
 )
 NO_MOMENTS: Any = Moments(np.int32(0), {}, {})  # type: ignore[arg-type]

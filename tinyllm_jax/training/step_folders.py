@@ -16,6 +16,8 @@ from tinyllm_jax.errors import InputError
 
 # How long a save that failed may take to end all the writes that it began.
 LATE_WRITES_SECONDS = 5.0
+# Characters of what is told of a damaged checkpoint.
+LONGEST_PROBLEM = 300
 # Where a run folder keeps the model that the run began with.
 REFERENCE = "reference"
 
@@ -24,7 +26,8 @@ def step_folders(run: Path) -> list[tuple[int, Path]]:
     """List the finished checkpoints of a run, oldest first."""
     folder = run / "checkpoints"
     paths = folder.iterdir() if folder.is_dir() else []
-    return sorted((int(path.name), path) for path in paths if re.fullmatch("[0-9]+", path.name))
+    steps = [path for path in paths if re.fullmatch("[0-9]+", path.name) and path.is_dir()]
+    return sorted((int(path.name), path) for path in steps)
 
 
 def run_of(checkpoint: Path) -> Path | None:
@@ -81,17 +84,31 @@ def prune_checkpoints(run: Path, *, keep: int, best_step: int | None) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Say what is wrong with a step folder's files, or None when every checksum holds."""
+    """Say in one line what is wrong with a step folder's files, or None when every checksum holds."""
+    problem = _find_damage(folder)
+    if problem is None:
+        return None
+    # Others may have named the files.
+    problem = problem if problem.isprintable() else ascii(problem)[1:-1]
+    if len(problem) <= LONGEST_PROBLEM:
+        return problem
+    half = LONGEST_PROBLEM // 2
+    return f"{problem[:half]} ... {problem[-half:]}"
+
+
+def _find_damage(folder: Path) -> str | None:
     try:
-        sums = json.loads((folder / "checksums.json").read_text())
-        for name, expected in dict(sums).items():
+        if not (folder / "checksums.json").is_file():
+            return "checksums.json is missing"
+        sums = dict(json.loads((folder / "checksums.json").read_text()))
+        for name, expected in sums.items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if sha256_of_file(folder / name) != expected:
                 return f"{name} does not have its checksum"
+        unknown = set(_files_below(folder)) - set(sums) - {"checksums.json"}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         return f"its files cannot be read and compared with checksums.json ({error})"
-    unknown = set(_files_below(folder)) - set(sums) - {"checksums.json"}
     if unknown:
         return f"{sorted(unknown)[0]} was not there when it was written"
     return None
@@ -119,7 +136,7 @@ def find_checkpoint(
     if not path.exists():
         raise InputError(f"{path}: no such folder. Name a run folder or one of its checkpoints.")
     best = path / "best"
-    if prefer_best and best.is_dir():
+    if prefer_best and os.path.lexists(best):
         problem = damage(best)
         if problem is None:
             return best.resolve()
@@ -131,10 +148,14 @@ def find_checkpoint(
             return folder
         on_damaged(f"{folder}: damaged checkpoint ({problem}); the one before it is used.")
     if folders:
-        raise InputError(f"{path}: every checkpoint in it is damaged. Start again with --out NEW.")
-    if (path / "metrics.jsonl").is_file():
         raise InputError(
-            f"{path}: this run has no checkpoint yet. Train it again without --resume."
+            f"{path}: every checkpoint in it is damaged. Name another run, or train again with --out "
+            "NEW."
+        )
+    if (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
+        raise InputError(
+            f"{path}: this run has no checkpoint yet. Name another run, or train this one without "
+            "--resume."
         )
     raise InputError(
         f"{path}: neither a run folder nor a checkpoint. Name a folder that holds checkpoints/."

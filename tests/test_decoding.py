@@ -125,6 +125,13 @@ def test_weights_for_few_rows_give_the_same_logits(rows: int, tied: bool) -> Non
         np.testing.assert_allclose(model(tokens), expected, atol=1e-6)
 
 
+def test_what_does_not_compute_in_float32_is_taken_as_it_is() -> None:
+    config = ModelConfig(num_hidden_layers=1, vocab_size=32, compute_dtype="bfloat16")
+    weights = initial_weights(config, seed=0)
+    assert decoding_weights.suit_rows(config, weights, rows=1) == weights
+    assert decoding_weights.add_head(config, weights) == weights
+
+
 def test_experts_and_routers_are_not_turned() -> None:
     config = ModelConfig(num_hidden_layers=1, num_experts=2, num_shared_experts=1, vocab_size=32)
     weights = initial_weights(config, seed=0)

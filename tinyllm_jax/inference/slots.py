@@ -101,7 +101,7 @@ def read_chunk(
     """
     slot, start, count, is_last = places
     weights = restore(weights, dtype=compute_dtype(config))
-    model = decoding_model(config, weights, rows=chunk.shape[1])
+    model = decoding_model(config, weights, rows=0)  # none goes through the head
     # Out of range is written nowhere, neither into the cache nor among the present tokens.
     number = jnp.arange(chunk.shape[1])
     room = rows.cache[0].slots()

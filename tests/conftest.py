@@ -152,6 +152,31 @@ def prepared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data")
 
 
+def run_python(
+    *words: str | Path,
+    folder: Path | None = None,
+    timeout: float = 300,
+    check: bool = False,
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, which finds the project and the programs beside the tests.
+
+    Args:
+        words: A file, or `-c` and a program, or `-m` and a module; then its flags.
+        folder: Where it runs; None is here.
+    """
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": paths} | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=check,
+    )
+
+
 class Command:
     """Runs `python -m tinyllm_jax.NAME FLAGS...` as a person would."""
 

@@ -2,14 +2,13 @@
 
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from bad_input_kinds import METRICS, STATS, prepared, small_tokenizers
+from conftest import run_python
 
 from tinyllm_jax import settings
 from tinyllm_jax.cli import LONGEST_LINE, lines_to_show
@@ -95,7 +94,7 @@ def test_a_message_sends_no_commands_to_the_terminal():
 
 def test_a_name_that_is_no_text_can_be_printed():
     program = "from tinyllm_jax.cli import run; run(lambda: print('a\\udcffb'))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = run_python("-c", program)
     assert (done.returncode, done.stdout, done.stderr) == (0, "a\\udcffb\n", "")
 
 

@@ -1,12 +1,10 @@
 """The smaller commands, and the console script that is the same thing."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_RUN, Command
+from conftest import SMALL_RUN, Command, run_python
 from mode_runs import write_data
 
 from tinyllm_jax import __main__, prepare, tokenizer
@@ -78,7 +76,7 @@ def test_prepare_takes_the_tokenizer_of_the_weights_that_a_run_begins_with(capsy
 def test_prepare_needs_no_jax_for_text_alone():
     lines = ("import sys", "from tinyllm_jax.prepare import main", f"main({SMALL_RUN})")
     code = "\n".join([*lines, "assert 'jax' not in sys.modules"])
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    run_python("-c", code, check=True)
 
 
 @pytest.mark.parametrize("flag", [["--resume", "run"], ["--auto-resume"]])
@@ -139,13 +137,11 @@ def test_an_unknown_command_names_those_there_are(command: Command):
     assert "train a model" in command.run("__main__").stdout
 
 
-def test_the_package_imports_no_framework(command: Command):
+def test_the_package_imports_no_framework():
     script = (
         "import sys, tinyllm_jax, tinyllm_jax.config, tinyllm_jax.data.prepare, "
         "tinyllm_jax.data.batches; "
         "print([name for name in ('jax', 'flax', 'torch', 'transformers') if name in sys.modules])"
     )
-    environment = command.options["env"]
-    words = [sys.executable, "-c", script]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    done = run_python("-c", script)
     assert done.stdout.strip() == "[]", done.stderr

@@ -4,15 +4,13 @@ import json
 import os
 import pickle
 import struct
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import run_python
 from convert_cases import (
     GROUPED,
     UNTIED,
@@ -252,14 +250,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(make, tmp_path):
 
 def test_the_command_exits_with_2_and_prints_the_line(tmp_path):
     malicious_torch(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "convert", "x.pt", "hf", "--to", "hf"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_python("-m", "convert", "x.pt", "hf", "--to", "hf", folder=tmp_path, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: x.pt: holds Python objects that would run code")

@@ -1,8 +1,6 @@
 """`python -m convert.parity` passes on good checkpoints, and names what a broken twin gets wrong."""
 
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import run_python
 from convert_cases import UNTIED, random_bundle
 
 import convert
@@ -224,14 +222,7 @@ def test_a_missing_torch_is_named_with_what_to_type(
 
 
 def test_the_command_exits_2_for_what_is_no_checkpoint(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "convert.parity", "nowhere"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        text=True,
-        capture_output=True,
-        timeout=120,
-    )
+    result = run_python("-m", "convert.parity", "nowhere", folder=tmp_path, timeout=120)
     assert result.returncode == 2
     assert result.stderr.startswith("error: nowhere")
     assert len(result.stderr.splitlines()) == 1

@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from conftest import run_python
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -712,9 +712,7 @@ print(peak() - before, size, counts.documents_read)
 
 def measure(path: Path) -> tuple[float, float, float]:
     """Read a corpus in a process of its own: (growth in MiB, characters, documents read)."""
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=False
-    )
+    result = run_python("-c", MEASURE, str(path))
     assert result.returncode == 0, result.stderr
     grown, size, documents = map(float, result.stdout.split())
     return grown, size, documents

@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import run_python
 from huggingface_hub import constants, hf_hub_download
 
 from tinyllm_jax.config import DataConfig
@@ -390,7 +391,7 @@ def test_a_dataset_that_the_host_does_not_have_is_said_in_one_line(hub, monkeypa
 
 def test_preparing_data_does_not_import_the_library():
     command = "import sys, tinyllm_jax.data.prepare; sys.exit('huggingface_hub' in sys.modules)"
-    subprocess.run([sys.executable, "-c", command], check=True, cwd=ROOT)
+    run_python("-c", command, check=True)
 
 
 def test_files_put_there_by_hand_are_taken_as_they_are(hub, folder):

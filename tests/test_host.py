@@ -1,11 +1,9 @@
 """What a step frees is there for the next one."""
 
-import os
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import run_python
 
 from tinyllm_jax.host import keep_freed_memory
 
@@ -28,9 +26,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def page_faults(how: str) -> int:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", PROGRAM, how]
-    return int(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+    return int(run_python("-c", PROGRAM, how, check=True).stdout)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's own settings")

@@ -1,10 +1,7 @@
 """A loaded model writes and scores text, and the command prints its story and nothing else."""
 
 import dataclasses
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import run_python
 from llama_oracle import SMALL, changed, random_weights
 
 import tinyllm_jax
@@ -225,7 +222,7 @@ def test_importing_the_package_imports_no_framework() -> None:
         "assert callable(tinyllm_jax.load) and tinyllm_jax.model.Transformer\n"
         "assert 'jax' in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    run_python("-c", code, check=True)
 
 
 def test_the_package_knows_what_it_has() -> None:
@@ -289,14 +286,7 @@ def test_a_full_context_is_said_on_stderr(run: Path, capsys: pytest.CaptureFixtu
 
 def test_the_command_says_all_problems_at_once_in_lines_and_exits_with_2(run: Path) -> None:
     flags = ["--top-p", "3", "--temprature", "1", "--max-new-tokens", "x"]
-    result = subprocess.run(
-        [sys.executable, "-m", "tinyllm_jax.generate", *flags],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONWARNINGS": "error"},
-        check=False,
-    )
+    result = run_python("-m", "tinyllm_jax.generate", *flags, PYTHONWARNINGS="error")
     assert result.returncode == 2
     assert result.stdout == ""
     lines = result.stderr.splitlines()

@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import os
 import struct
-import subprocess
 import sys
 from collections import defaultdict
 from importlib.machinery import ModuleSpec
@@ -13,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import ROOT, SMALL_RUN
+from conftest import ROOT, SMALL_RUN, run_python
 
 from tinyllm_jax import train
 from tinyllm_jax.config import Config, LoggingConfig, load_config
@@ -308,17 +306,10 @@ def needs(name: str) -> pytest.MarkDecorator:
 
 def tell(name: str, folder: Path, has: int, last: int, *flags: str, end: str = "close") -> str:
     """Bring a logger to the rows until step `has`, and add those until `last`, in a process of its own."""
-    words = [sys.executable, str(ROOT / "tests/logger_program.py"), name, str(folder)]
+    words = [ROOT / "tests/logger_program.py", name, folder, str(has), str(last), end, *flags]
     folder.mkdir(exist_ok=True)
-    places = {"TRACKIO_DIR": str(folder.parent / "trackio"), "HOME": str(folder.parent)}
-    done = subprocess.run(
-        [*words, str(has), str(last), end, *flags],
-        env=os.environ | {"PYTHONPATH": str(ROOT), **places},
-        cwd=folder.parent,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    home = folder.parent
+    done = run_python(*words, folder=home, TRACKIO_DIR=str(home / "trackio"), HOME=str(home))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning:" not in done.stdout, done.stdout
     return done.stdout
@@ -459,10 +450,8 @@ def test_trackio_has_one_run_with_every_step_once(tmp_path):
         "rows = [Storage.get_logs('tinyllm', each.name, run_id=each.id) for each in runs]\n"
         "print(json.dumps([runs[0].name, *rows], default=str))"
     )
-    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
+    places = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HOME": str(tmp_path)}
+    done = run_python("-c", script, check=True, **places)
     name, *runs = json.loads(done.stdout.splitlines()[-1])
     assert name == "run-2"
     [rows] = runs

@@ -3,11 +3,8 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -18,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import ROOT, Command
+from conftest import Command, run_python
 from mode_runs import MODES, SHORT, assert_same_run, flags_of, rows_of, write_data
 from test_resume import stop_at
 
@@ -647,13 +644,8 @@ def test_what_has_no_adapters_is_not_written_for_peft(exported: Path, capsys: An
 
 @pytest.fixture(scope="module")
 def on_devices() -> dict[str, Any]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    ended = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "lora_program.py")],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        text=True,
-        capture_output=True,
-        timeout=280,
+    ended = run_python(
+        str(Path(__file__).parent / "lora_program.py"), timeout=280, OMP_NUM_THREADS="1"
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     return json.loads(ended.stdout.splitlines()[-1])

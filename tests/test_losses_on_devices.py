@@ -1,15 +1,12 @@
 """Pairs and sampled answers over several devices: the same numbers as on one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import run_python
 from parity import relative_error
 
 pytestmark = pytest.mark.slow  # it compiles nine steps
@@ -19,13 +16,8 @@ TOLERANCE = 2e-5
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    ended = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "losses_program.py")],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        text=True,
-        capture_output=True,
-        timeout=280,
+    ended = run_python(
+        str(Path(__file__).parent / "losses_program.py"), timeout=280, OMP_NUM_THREADS="1"
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     return json.loads(ended.stdout.splitlines()[-1])

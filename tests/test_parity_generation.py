@@ -1,8 +1,6 @@
 """The PyTorch twin generates what JAX generates: filters, greedy texts, and how they end."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN
+from conftest import SMALL_RUN, run_python
 from llama_oracle import SMALL, changed, random_weights, transformers_llama
 from parity import precision
 
@@ -318,13 +316,8 @@ def test_a_damaged_best_gives_way_to_the_newest(
 
 def test_flags_are_those_of_jax_and_bad_ones_are_one_line(tmp_path: Path) -> None:
     def run(package: str, *flags: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", f"{package}.generate", *flags],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"},
-            text=True,
-            capture_output=True,
-            timeout=120,
+        return run_python(
+            "-m", f"{package}.generate", *flags, folder=tmp_path, timeout=120, COLUMNS="80"
         )
 
     shown = [run(package, "--help").stdout for package in ("tinyllm_torch", "tinyllm_jax")]

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN
+from conftest import SMALL_RUN, run_python
 from llama_oracle import random_weights
 from parity import (
     FLOAT32_NORM_AFTER_50_STEPS,
@@ -442,29 +439,14 @@ def test_the_twin_trains_without_importing_jax(tmp_path: Path, prepared_folder: 
         "heavy = ('jax', 'jaxlib', 'flax', 'optax', 'orbax')\n"
         "print([name for name in sys.modules if name.split('.')[0] in heavy])\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program, *SMALL_RUN, "--max-steps", "2", "--out", "run"],
-        cwd=tmp_path,
-        env=os.environ
-        | {
-            "PYTHONPATH": str(ROOT),
-            "TINYLLM_DATA_DIR": str(prepared_folder),
-            "OMP_NUM_THREADS": "1",
-        },
-        text=True,
-        capture_output=True,
-        timeout=120,
-    )
+    places = {"TINYLLM_DATA_DIR": str(prepared_folder), "OMP_NUM_THREADS": "1"}
+    flags = [*SMALL_RUN, "--max-steps", "2", "--out", "run"]
+    result = run_python("-c", program, *flags, folder=tmp_path, **places)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
 
 
 def test_importing_the_package_imports_no_framework() -> None:
     program = "import sys, tinyllm_torch; print({'torch', 'jax', 'numpy'} & set(sys.modules))"
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        text=True,
-        capture_output=True,
-    )
+    result = run_python("-c", program)
     assert result.stdout.strip() == "set()", result.stderr

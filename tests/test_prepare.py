@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_python
 
 from tinyllm_jax.config import Config, DataConfig, ModelConfig, TokenizerConfig
 from tinyllm_jax.data import prepare as module
@@ -422,12 +423,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, data_folder):
     tokenizer = run(path).tokenizer  # trained, so that the limit below hits the shards
     shutil.rmtree(data_folder / "prepared")
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))\n"
-    failed = subprocess.run(
-        [sys.executable, "-c", limit + PREPARE, str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    failed = run_python("-c", limit + PREPARE, str(path))
     assert "OSError: [Errno 27] File too large" in failed.stderr
     (folder,) = [entry for entry in (data_folder / "prepared").iterdir() if entry.is_dir()]
     assert [entry.name for entry in folder.iterdir()] == [tokenizer.file_name]
@@ -650,7 +646,5 @@ def test_progress_goes_to_stderr_and_quiet_is_quiet(stories_file, capfd):
 
 def test_data_needs_no_framework():
     code = "import sys, tinyllm_jax.data.prepare, tinyllm_jax.data.batches; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    loaded = run_python("-c", code, check=True).stdout.split()
     assert not {"jax", "flax", "torch", "transformers"} & set(loaded)

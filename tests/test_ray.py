@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import run_python
 from test_prepare import contents, is_running, make_stories, run, wait_until, write_jsonl
 
 from tinyllm_jax.config import TokenizerConfig
@@ -208,14 +209,7 @@ def test_without_a_cluster_one_line_says_how_to_get_one(stories, tmp_path):
     )
     flags = ["--data", str(stories), "--data.runner", "ray", "--model.vocab_size", "320"]
     flags += ["--data.ray_address", "127.0.0.1:1", "--data.validation_fraction", "0.2"]
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(
-        [sys.executable, "-c", script, *flags],
-        env=os.environ | {"PYTHONPATH": str(root), "RAY_USAGE_STATS_ENABLED": "0"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_python("-c", script, *flags, timeout=120, RAY_USAGE_STATS_ENABLED="0")
     assert done.returncode == 2, done.stderr
     assert "data.ray_address=127.0.0.1:1 leads to no Ray cluster" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,14 +1,12 @@
 """Engines side by side answer as one does, share weights and fail alone."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from conftest import run_python
 
 from tinyllm_jax.config import EngineConfig, ServeConfig
 from tinyllm_jax.errors import InputError
@@ -23,15 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a process with two devices found."""
     path = tmp_path_factory.mktemp("replicas") / "found.json"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    ended = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "replicas_program.py"), str(path)],
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    ended = run_python(str(ROOT / "tests" / "replicas_program.py"), str(path), timeout=300)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert ended.stderr.count("Traceback") == 1
     assert ended.stderr.endswith("\nZeroDivisionError\n")

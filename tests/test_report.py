@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL_RUN, Command
+from conftest import SMALL_RUN, Command, run_python
 
 from tinyllm_jax import report, train
 from tinyllm_jax.data.files import locked
@@ -388,8 +388,7 @@ def test_the_report_needs_neither_jax_nor_matplotlib():
         "import sys, tinyllm_jax.report, tinyllm_jax.training.environment; "
         "print([n for n in ('jax', 'flax', 'torch', 'matplotlib') if n in sys.modules])"
     )
-    words = [sys.executable, "-c", script]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    done = run_python("-c", script)
     assert done.stdout.strip() == "[]", done.stderr
 
 

@@ -1,9 +1,9 @@
 """A process that the runtime aborts while it asks a service that never answers ends in one line."""
 
-import subprocess
 import sys
 
 import pytest
+from conftest import run_python
 
 PROGRAM = """
 import os, sys, threading, time
@@ -41,7 +41,5 @@ GONE = f"error: process 0 of 2 (at 127.0.0.1:1) is gone{STOPS}"
     ],
 )
 def test_a_process_that_is_aborted_in_the_roll_call_ends_in_one_line(service, why, line):
-    ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM, service, why], capture_output=True, text=True, timeout=50
-    )
+    ended = run_python("-c", PROGRAM, service, why, timeout=50)
     assert (ended.returncode, ended.stderr, ended.stdout) == (1, line, "")

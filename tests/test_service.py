@@ -1,9 +1,6 @@
 """The service answers many askers at once and loses none of them, whatever they do."""
 
 import gc
-import os
-import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -11,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import run_python
 from llama_oracle import SMALL, changed, random_weights
 
 from tinyllm_jax.config import EngineConfig, SamplingConfig, TokenizerConfig
@@ -263,15 +260,7 @@ def test_a_process_that_ends_without_stopping_leaves_no_compiler_to_be_killed() 
         "atexit.register(lambda: print(*look()))",
         "raise SystemExit(3)",
     )
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    ended = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=WAIT_SECONDS,
-        check=False,
-    )
+    ended = run_python("-c", "\n".join(lines), timeout=WAIT_SECONDS)
     assert (ended.returncode, ended.stdout) == (3, "False True\n"), ended.stderr
     assert "Traceback" not in ended.stderr
 

@@ -5,16 +5,13 @@ What needs eight devices runs once, in `sharding_program.py`, whose JSON the slo
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL_RUN
+from conftest import ROOT, SMALL_RUN, run_python
 
 from tinyllm_jax import train
 from tinyllm_jax.config import Config, LoraConfig, ParallelConfig, load_config, preset_names
@@ -192,15 +189,12 @@ def test_the_peak_is_that_of_all_devices_where_it_is_known(monkeypatch):
 def found(tmp_path_factory: pytest.TempPathFactory, prepared_folder: Path) -> dict[str, Any]:
     """Run everything on eight devices of the CPU, and give what was found."""
     folder = tmp_path_factory.mktemp("sharding")
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "sharding_program.py"), str(folder / "runs")],
-        cwd=folder,
-        env=os.environ | {"TINYLLM_DATA_DIR": str(prepared_folder), "PYTHONPATH": paths},
-        text=True,
-        capture_output=True,
+    done = run_python(
+        str(ROOT / "tests" / "sharding_program.py"),
+        str(folder / "runs"),
+        folder=folder,
         timeout=1200,
-        check=False,
+        TINYLLM_DATA_DIR=str(prepared_folder),
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "Involuntary" not in done.stderr, (

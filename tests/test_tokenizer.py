@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -374,12 +373,7 @@ print(train_tokenizer(documents, config=config, vocab_size=330).hash)
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytelevel"])
 def test_training_gives_the_same_bytes_in_every_process(kind):
     script = TRAIN_ONCE.format(tests=str(Path(__file__).parent), kind=kind)
-    hashes = {
-        subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, check=True
-        ).stdout
-        for _ in range(2)
-    }
+    hashes = {run_python("-c", script, check=True).stdout for _ in range(2)}
     assert len(hashes) == 1
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import SMALL_RUN, Command
+from conftest import SMALL_RUN, Command, run_python
 
 from tinyllm_jax import train
 from tinyllm_jax.cli import run
@@ -323,10 +323,5 @@ def test_help_shows_every_setting_with_its_unit_and_starts_fast(command: Command
     for words in ("--optimizer.warmup_steps", "--learning-rate", "(steps; 0 or more; default 100)"):
         assert words in done.stdout
     script = "import sys, tinyllm_jax.train as t; t.read_command(['--seed', '1']); print('jax' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=command.options["env"],
-        capture_output=True,
-        text=True,
-    )
+    done = run_python("-c", script)
     assert done.stdout.strip() == "False", done.stderr

@@ -2,14 +2,11 @@
 
 import hashlib
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import run_python
 
 from tinyllm_jax.config import Config, DataConfig, ModelConfig, TokenizerConfig
 from tinyllm_jax.data.prepare import prepare
@@ -172,12 +169,8 @@ def test_one_whose_saving_is_killed_is_there_with_its_checksum_or_not_at_all(
     old = trained(data_folder, config)
     new = tmp_path / old.name
     new.write_bytes(change_tokens(old.read_bytes()))
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_WHILE_SAVING, str(old), str(new), str(tmp_path / "kept")],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
+    done = run_python(
+        "-c", KILLED_WHILE_SAVING, str(old), str(new), str(tmp_path / "kept"), timeout=60
     )
     assert done.returncode == 0, done.stderr
     found = [tuple(map(int, line.split()[1:])) for line in done.stdout.splitlines()]

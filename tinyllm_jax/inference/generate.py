@@ -285,7 +285,8 @@ def _continue_rows(
     last, lengths = (jnp.repeat(x, samples, axis=0) for x in (last, lengths))
     count = lengths.shape[0]
     every_row = jnp.arange(count)
-    suited = suit_rows(config, weights, rows=count)
+    # Below some thirty tokens the copies cost more time than they save.
+    suited = weights if slots <= SMALLEST_BUCKET else suit_rows(config, weights, rows=count)
 
     def read_and_draw(rows: _Rows) -> _Rows:
         # At step 0 this reads the last token of the prompt once more, so that the program holds head

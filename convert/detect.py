@@ -76,8 +76,8 @@ def _detect_folder(path: Path) -> str:
         if module.matches(path):
             return module.NAME
     if is_run_folder(path):
-        folders = [folder for _, folder in step_folders(path)]
-        return orbax.NAME if not folders or orbax.matches(folders[-1]) else safetensors.NAME
+        steps = step_folders(path)
+        return orbax.NAME if not steps or orbax.matches(steps[-1][1]) else safetensors.NAME
     if any((path / name).is_file() for name in ("meta.json", "checksums.json")):
         return orbax.NAME  # a damaged one, which its reader explains
     weights = sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])

@@ -22,11 +22,11 @@ from jaxtyping import Array, Bool, Int
 from tinyllm_jax.config import ModelConfig, SamplingConfig
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference.sampling import RowSettings, next_tokens
+from tinyllm_jax.inference.stored_weights import restore
 from tinyllm_jax.model.compiled import compiled
 from tinyllm_jax.model.decoding_weights import decoding_model, suit_rows
 from tinyllm_jax.model.kv_cache import LayerCache, empty_cache
 from tinyllm_jax.model.layers import compute_dtype
-from tinyllm_jax.model.moe import ROUTER
 from tinyllm_jax.model.transformer import Transformer
 from tinyllm_jax.model.weights import Weights, merge_weights, model_structure
 
@@ -276,8 +276,7 @@ def _continue_rows(
     """Read prompts once, then draw until each row has met eos or its budget of new tokens."""
     # The model casts each weight where it is used, but routers, which compute in float32 at least;
     # done here it costs once, not at each token.
-    dtype = compute_dtype(config)
-    weights = {n: w if n.endswith(ROUTER) else w.astype(dtype) for n, w in weights.items()}
+    weights = restore(weights, dtype=compute_dtype(config))
     model = merge_weights(model_structure(config)[0], weights)
     cache = read_prompts(model, tokens, slots=slots)
     cache = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), cache)

@@ -220,12 +220,12 @@ class Service:
 
         try:
             with self._precision():
-                for replica in self._replicas:
-                    if replica is not self._replicas[0]:
-                        if not replica.engine.compile(only_enough=True, is_wanted=is_wanted):
-                            return
-                        replica.start()
-                        self._hand_out()
+                self._replicas[0].engine.compile(is_wanted=is_wanted)
+                for replica in self._replicas[1:]:
+                    if not replica.engine.compile(only_enough=True, is_wanted=is_wanted):
+                        return
+                    replica.start()
+                    self._hand_out()
                     replica.engine.compile(is_wanted=is_wanted)
         except Exception:
             # What there is goes on to answer, as `missing_programs` tells.

@@ -1,7 +1,9 @@
 """The metrics file, and what the terminal shows."""
 
+import errno
 import json
 import math
+import resource
 
 import pytest
 
@@ -38,6 +40,20 @@ def test_a_new_run_begins_an_empty_file(tmp_path):
     with MetricsFile(path, resume_step=0):
         pass
     assert path.read_text() == ""
+
+
+def test_what_does_not_fit_on_the_disk_is_told_with_the_name_of_the_file(tmp_path):
+    """What could not be written is tried once more when the file is closed, and fails again."""
+    path = tmp_path / "metrics.jsonl"
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError) as caught, MetricsFile(path, resume_step=0) as metrics:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, old[1]))
+            metrics.write(rows_until(9))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert caught.value.errno == errno.EFBIG
+    assert caught.value.filename == str(path)
 
 
 def test_numbers_that_are_none_are_written_as_json_allows(tmp_path):

@@ -1,8 +1,9 @@
 """The metrics file: one JSON object a line, every step once, also over resumed runs."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ class MetricsFile:
 
     def go_back(self, step: int, row: Mapping[str, Any]) -> None:
         """Drop the rows after a step, whose numbers come again, and write one that says why."""
-        self._file.close()
+        with self._named():
+            self._file.close()
         self._keep_until(step)
         self.write([row])
         self.flush_to_disk()
@@ -107,25 +109,34 @@ class MetricsFile:
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows, each with `kind` and `step`, and hand them to the operating system."""
         rows = [*rows]
-        try:
+        with self._named():
             self._file.write("".join(map(_line, rows)))
             self._file.flush()
-        except OSError as error:  # which does not know the name of what is open
-            error.filename = str(self._path)
-            raise
         self._loggers.write(rows)
 
     def flush_to_disk(self) -> None:
         """Wait until all rows are on the disk; a checkpoint is written only after that."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._named():
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._loggers.flush()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the file in errors, which of what is open say no name."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
 
     def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        # What a full disk did not take is tried again.
+        with self._named():
+            self._file.close()
 
 
 def _line(row: Mapping[str, Any]) -> str:

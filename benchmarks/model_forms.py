@@ -1,41 +1,37 @@
-"""What the forms of the model cost on this machine: experts, recomputing, scanning, attention blocks.
+"""What the forms of the model cost on this machine: experts, recomputing, scanning, blocks of attention and head.
 
-    python benchmarks/model_forms.py
+    python -m benchmarks.model_forms
 
 Steps of different things alternate, and every figure is a median, so that what else the machine does
 falls on all of them. The attention table needs PyTorch.
 """
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinyllm_jax.config import Config, load_config
+from benchmarks.report import alternate
+from tinyllm_jax.config import Config, ModelConfig, load_config
 from tinyllm_jax.model.attention import reference_attention
 from tinyllm_jax.model.compiled import compiled
-from tinyllm_jax.model.weights import flops_per_token
+from tinyllm_jax.model.weights import (
+    flops_per_token,
+    initial_weights,
+    merge_weights,
+    model_structure,
+)
+from tinyllm_jax.objectives.head_blocks import measure_logits
+from tinyllm_jax.objectives.log_probs import target_log_probs
+from tinyllm_jax.objectives.losses import cross_entropy_sum, head_cross_entropy_sum
 from tinyllm_jax.training.dry_run import compile_step, first_state, made_up_batches
 from tinyllm_jax.training.step import NOTHING_FIXED
 
 MODES = [(policy, scan) for scan in (False, True) for policy in ("none", "dots", "full")]
-
-
-def alternate(jobs: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, float]:
-    """Run every job once unmeasured, then in turns, and give the median seconds of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for number in range(rounds + 1):
-        for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            if number > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def stepper(config: Config) -> tuple[Callable[[], Any], float, int]:
@@ -124,6 +120,55 @@ def measure_attention(length: int, rounds: int) -> None:
     print(f"| 16 x {length}, 6 heads of 48 | {row} |")
 
 
+def measure_head(tokens: int, vocab: int, rounds: int) -> None:
+    """Compare losses of a tied head in blocks and of all logits: head, loss and gradients."""
+    config = ModelConfig(
+        vocab_size=vocab,
+        hidden_size=288,
+        intermediate_size=768,
+        num_hidden_layers=1,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=256,
+        compute_dtype="float32",
+    )
+    structure, weights = model_structure(config)[0], initial_weights(config, seed=0)
+    numbers = np.random.default_rng(0)
+    states = jnp.asarray(numbers.standard_normal((tokens // 256, 256, 288), np.float32))
+    targets = jnp.asarray(numbers.integers(0, vocab, states.shape[:2]), jnp.int32)
+    everywhere = jnp.ones(targets.shape, bool)
+    losses: dict[str, Callable[[Any, Any], Any]] = {
+        "cross-entropy, all logits": lambda model, states: cross_entropy_sum(
+            model.logits(states), targets, everywhere
+        ),
+        "cross-entropy, in blocks": lambda model, states: head_cross_entropy_sum(
+            model, states, targets, everywhere
+        ),
+        # Each token counts in its own way, as in the losses of pairs and of a policy.
+        "log-probabilities, all logits": lambda model, states: jnp.vdot(
+            target_log_probs(model.logits(states), targets), states[..., 0]
+        ),
+        "log-probabilities, in blocks": lambda model, states: jnp.vdot(
+            measure_logits(model, states, target_log_probs, targets), states[..., 0]
+        ),
+    }
+    jobs, held = {}, {}
+    for name, loss in losses.items():
+        program = compiled(
+            jax.value_and_grad(
+                lambda weights, states, loss=loss: loss(merge_weights(structure, weights), states),
+                argnums=(0, 1),
+            )
+        )
+        program = program.lower(weights, states).compile()
+        held[name] = program.memory_analysis().temp_size_in_bytes
+        jobs[name] = lambda program=program: jax.block_until_ready(program(weights, states))
+    seconds = alternate(jobs, rounds=rounds)
+    for name in jobs:
+        shape = f"{name} | {tokens:,} | {vocab:,}"
+        print(f"| {shape} | {1000 * seconds[name]:.0f} ms | {held[name] / 1e6:.0f} MB |")
+
+
 def main() -> None:
     """Print all tables."""
     parser = argparse.ArgumentParser(
@@ -138,6 +183,10 @@ def main() -> None:
     print("| shape | in blocks | in one piece | PyTorch's own |\n" + "| --- " * 4 + "|")
     for length in (256, 512):
         measure_attention(length, 3 * arguments.rounds)
+    print("\nHead and loss, forward and backward, float32, 288 wide\n")
+    print("| loss | tokens | vocabulary | time | working memory |\n" + "| --- " * 5 + "|")
+    for tokens, vocab in ((4096, 4096), (4096, 32000)):
+        measure_head(tokens, vocab, arguments.rounds)
     measure_modes(arguments.rounds)
     measure_experts(arguments.rows, arguments.rounds)
 

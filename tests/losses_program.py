@@ -13,6 +13,7 @@ from llama_oracle import SMALL
 
 from tinyllm_jax.config import Config, ParallelConfig, PreferenceConfig, RlhfConfig, TrainConfig
 from tinyllm_jax.model.weights import initial_weights, model_structure
+from tinyllm_jax.objectives import head_blocks
 from tinyllm_jax.objectives.policy import make_policy_loss, make_policy_weight
 from tinyllm_jax.objectives.preference import count_pairs, make_preference_loss
 from tinyllm_jax.objectives.reward import make_reward_loss
@@ -66,6 +67,9 @@ def batch_of(name: str, numbers: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
+    head_blocks.CPU_BLOCK_TOKENS = (
+        32  # so that the logits of all losses but reward's come in blocks
+    )
     structure, _ = model_structure(MODEL)
     found: dict[str, Any] = {}
     for name, (loss_sums, loss_weight) in LOSSES.items():

@@ -32,7 +32,6 @@ ONLY_IN_JAX = {
         *("ExpertLinear", "ExpertLinear.forward", "Experts", "Experts.forward", "permute"),
     },
     "model/weights.py": {"describe_size"},  # its commands say more
-    "objectives/losses.py": {"count_blocks"},  # the twin holds all logits
     "objectives/pretrain.py": {
         *("floor_of_rows", "whole_documents"),  # the toy text's own entropy
         *("evaluation_rows", "make_next_token_objective"),  # the twin's runs only pretrain
@@ -55,6 +54,7 @@ ONLY_IN_JAX_FILES = {
     *("model/grouped_dot.py", "model/placement.py", "objectives/device_rows.py"),
     *("model/attention_rows.py", "model/compiled.py", "model/lora.py"),
     *("model/decoding.py", "model/decoding_weights.py"),
+    "objectives/head_blocks.py",  # the twin holds all logits
     *(
         f"objectives/{name}.py"
         for name in ("conversations", "pairs", "rewards", "rollouts", "policy_objective")

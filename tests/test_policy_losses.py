@@ -29,6 +29,7 @@ from parity import assert_equal_in, relative_error
 
 from tinyllm_jax.config import RlhfConfig
 from tinyllm_jax.objectives import advantages as jax_advantages
+from tinyllm_jax.objectives import head_blocks
 from tinyllm_jax.objectives import log_probs as jax_log_probs
 from tinyllm_jax.objectives import policy as jax_policy
 from tinyllm_jax.objectives.policy_objective import describe_values
@@ -330,7 +331,11 @@ def test_explained_variance_is_that_of_the_returns(package: str) -> None:
     [*((name, WIDE) for name in CASES), ("ppo of answers", WIDE_EXPERTS)],
     ids=lambda value: value if isinstance(value, str) else f"{value.num_experts} experts",
 )
-def test_both_packages_tell_the_same_and_have_the_same_gradients(name: str, config: Any) -> None:
+@pytest.mark.parametrize("block", [512, 16])  # tokens whose logits are made at once: all, and few
+def test_both_packages_tell_the_same_and_have_the_same_gradients(
+    monkeypatch: pytest.MonkeyPatch, name: str, config: Any, block: int
+) -> None:
+    monkeypatch.setattr(head_blocks, "CPU_BLOCK_TOKENS", block)
     numbers = {
         package: of_models(
             package, POLICY[package].make_policy_loss(CASES[name]), config, sampled()

@@ -33,6 +33,7 @@ from parity import assert_equal_in, relative_error, torch_model
 
 from tinyllm_jax.config import Config, OptimizerConfig, PreferenceConfig, TrainConfig
 from tinyllm_jax.model import weights as jax_weights
+from tinyllm_jax.objectives import head_blocks
 from tinyllm_jax.objectives import preference as jax_preference
 from tinyllm_jax.objectives import reward as jax_reward
 from tinyllm_jax.training import step as jax_step
@@ -204,7 +205,11 @@ def test_margins_too_large_for_an_exponential_have_a_loss(package: str) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.num_experts} experts",
 )
-def test_both_packages_tell_the_same_and_have_the_same_gradients(name: str, config: Any) -> None:
+@pytest.mark.parametrize("block", [512, 16])  # tokens whose logits are made at once: all, and few
+def test_both_packages_tell_the_same_and_have_the_same_gradients(
+    monkeypatch: pytest.MonkeyPatch, name: str, config: Any, block: int
+) -> None:
+    monkeypatch.setattr(head_blocks, "CPU_BLOCK_TOKENS", block)
     losses = {
         package: REWARD[package].make_reward_loss()
         if name == "reward"

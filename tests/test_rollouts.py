@@ -282,6 +282,32 @@ def test_advantages_of_ppo_are_normalised_over_all_answers(
     np.testing.assert_array_equal(found[0]["returns"], found[1]["returns"])
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_rows_are_judged_in_the_passes_of_the_train_step_in_less_memory(
+    algorithm: str, data: PromptData, template: ChatTemplate
+) -> None:
+    config = config_of(algorithm=algorithm)
+    weights, reference = (weights_of(config, template, seed=seed) for seed in (0, 1))
+    batches, held = [], []
+    for passes in (1, 6):
+        train = dataclasses.replace(
+            config.train,
+            batch_size=config.rows_per_step // passes,
+            gradient_accumulation_steps=passes,
+        )
+        in_passes = dataclasses.replace(config, train=train)
+        assert in_passes.rows_per_step == config.rows_per_step
+        rollouts = rollouts_of(in_passes, data, template, reference=reference)
+        batches.append(rollouts.batch(weights, 0)[0])
+        rows = {name: batches[0][name] for name in ("tokens", "targets", "loss_mask")}
+        rewards = np.zeros(config.rows_per_step, np.float32)
+        program = rollouts._judge.lower(weights, reference, rows, rewards, np.float32(0)).compile()
+        held.append(program.memory_analysis().temp_size_in_bytes)
+    for name, expected in batches[0].items():
+        np.testing.assert_allclose(batches[1][name], expected, atol=2e-5, err_msg=name)
+    assert held[1] < held[0] / 2
+
+
 # What depends on what ------------------------------------------------------------------------------------
 
 

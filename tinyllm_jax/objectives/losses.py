@@ -1,7 +1,6 @@
 """Losses on logits, summed over targets; what they are divided by is the train step's business."""
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -10,13 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tinyllm_jax.model.layers import matmul_precision
 from tinyllm_jax.model.placement import placement
-
-# On a CPU blocks of 512 tokens were the fastest of 256, 512 and 1024, at vocabularies of 4,096 and 32,000:
-# smaller ones read the sum of the head's gradient too often, larger ones leave the cache. An accelerator
-# needs larger products to be busy; its number, in bytes of float32 logits, is a guess that keeps memory
-# small.
-CPU_BLOCK_TOKENS = 512
-BLOCK_BYTES = 256 * 2**20
+from tinyllm_jax.objectives.head_blocks import count_blocks, in_blocks
 
 
 def cross_entropy_sum(
@@ -62,14 +55,6 @@ def head_cross_entropy_sum(
     return _blocked_sum(hidden, matrix, targets, loss_mask, blocks, vocab_axis)
 
 
-def count_blocks(rows: int, positions: int, *, vocab: int) -> int:
-    """Say in how many blocks of positions the logits of `rows` x `positions` tokens are made."""
-    rows = math.ceil(rows / placement().row_groups)
-    on_cpu = jax.default_backend() == "cpu"
-    tokens = CPU_BLOCK_TOKENS if on_cpu else BLOCK_BYTES // (4 * vocab)
-    return math.ceil(positions / max(tokens // rows, 1))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _blocked_sum(
     hidden: Array, matrix: Array, targets: Array, loss_mask: Array, blocks: int, vocab_axis: int
@@ -82,7 +67,7 @@ def _blocked_sum(
         return loss + cross_entropy_sum(logits, targets, loss_mask), None
 
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    cut: Any = tuple(_in_blocks(array, blocks) for array in (hidden, targets, loss_mask))
+    cut: Any = tuple(in_blocks(array, blocks) for array in (hidden, targets, loss_mask))
     return jax.lax.scan(add_block, jnp.zeros((), wide), cut)[0]
 
 
@@ -110,7 +95,7 @@ def _blocked_sum_with_gradients(
         return sums, states_change.astype(hidden.dtype).reshape(states.shape)
 
     start = (jnp.zeros((), wide), jnp.zeros((width, matrix.shape[vocab_axis]), wide))
-    cut: Any = tuple(_in_blocks(array, blocks) for array in (hidden, targets, loss_mask))
+    cut: Any = tuple(in_blocks(array, blocks) for array in (hidden, targets, loss_mask))
     (loss, matrix_change), changes = jax.lax.scan(add_block, start, cut)
     if vocab_axis == 0:
         matrix_change = matrix_change.T
@@ -138,12 +123,3 @@ def _block_logits(states: Array, kernel: Array, vocab_axis: int) -> Array:
         preferred_element_type=jnp.promote_types(states.dtype, jnp.float32),
     )
     return placement().logits(logits.reshape(*states.shape[:-1], -1))
-
-
-def _in_blocks(array: Array, blocks: int) -> Array:
-    """Cut positions into blocks, as a first axis; rows stay together, since devices divide them."""
-    size = math.ceil(array.shape[1] / blocks)
-    missing = blocks * size - array.shape[1]
-    # What is added counts as no target: a mask is padded with False.
-    array = jnp.pad(array, ((0, 0), (0, missing), *((0, 0),) * (array.ndim - 2)))
-    return array.reshape(array.shape[0], blocks, size, *array.shape[2:]).swapaxes(0, 1)

@@ -18,6 +18,7 @@ from tinyllm_jax.data.prepare import hash_of
 from tinyllm_jax.data.prepare_chat import PreferenceData, PreferenceSplit
 from tinyllm_jax.model.compiled import compiled
 from tinyllm_jax.model.weights import Weights, merge_weights, model_structure
+from tinyllm_jax.objectives.head_blocks import measure_logits
 from tinyllm_jax.objectives.log_probs import answer_log_probs, target_log_probs
 from tinyllm_jax.objectives.preference import PAIR, both_answers, count_pairs, make_preference_loss
 from tinyllm_jax.objectives.reward import make_reward_loss
@@ -117,8 +118,9 @@ def reference_log_probs(
         tokens, targets, mask = (
             both_answers(batch, name) for name in ("tokens", "targets", "mask")
         )
-        logits = model.logits(model.hidden(tokens, counted=mask).states)
-        return answer_log_probs(target_log_probs(logits, targets), mask).reshape(-1, len(PAIR))
+        hidden = model.hidden(tokens, counted=mask).states
+        by_token = measure_logits(model, hidden, target_log_probs, targets)
+        return answer_log_probs(by_token, mask).reshape(-1, len(PAIR))
 
     found = {}
     for name, split in (("train", data.train), ("validation", data.validation)):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from tinyllm_jax.config import RlhfConfig
+from tinyllm_jax.objectives.head_blocks import measure_logits
 from tinyllm_jax.objectives.log_probs import answer_lengths, entropy, target_log_probs
 from tinyllm_jax.objectives.router_losses import add_router_losses
 from tinyllm_jax.training.step import LossSums, LossWeight
@@ -116,11 +117,15 @@ def make_policy_loss(settings: RlhfConfig) -> LossSums:
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         mask = batch["loss_mask"]
         hidden = model.hidden(batch["tokens"], counted=mask, dropout_key=dropout_key)
-        logits = model.logits(hidden.states)
-        log_probs = target_log_probs(logits, batch["targets"])
+        log_probs, entropies = measure_logits(
+            model,
+            hidden.states,
+            lambda logits, targets: (target_log_probs(logits, targets), entropy(logits)),
+            batch["targets"],
+        )
         values = model.scores(hidden.states) if settings.algorithm == "ppo" else None
         told = policy_terms(log_probs, values, batch, settings=settings)
-        told["entropy"] = entropy(logits)
+        told["entropy"] = entropies
         sums = {
             name: sum_over_answers(terms, mask, loss_level=settings.loss_level)
             for name, terms in told.items()

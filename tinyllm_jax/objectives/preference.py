@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from tinyllm_jax.config import PreferenceConfig
+from tinyllm_jax.objectives.head_blocks import measure_logits
 from tinyllm_jax.objectives.log_probs import (
     answer_lengths,
     answer_log_probs,
@@ -98,7 +99,8 @@ def make_preference_loss(settings: PreferenceConfig) -> LossSums:
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         tokens, mask = both_answers(batch, "tokens"), both_answers(batch, "mask")
         hidden = model.hidden(tokens, counted=mask, dropout_key=dropout_key)
-        by_token = target_log_probs(model.logits(hidden.states), both_answers(batch, "targets"))
+        targets = both_answers(batch, "targets")
+        by_token = measure_logits(model, hidden.states, target_log_probs, targets)
         log_probs = answer_log_probs(by_token, mask).reshape(-1, 2)
         lengths = answer_lengths(mask).reshape(-1, 2)
         has_reference = settings.loss != "simpo"

@@ -27,6 +27,7 @@ from tinyllm_jax.objectives.advantages import (
     normalised_advantages,
     token_rewards,
 )
+from tinyllm_jax.objectives.head_blocks import measure_logits
 from tinyllm_jax.objectives.log_probs import target_log_probs
 from tinyllm_jax.objectives.policy import kl_k3
 from tinyllm_jax.objectives.rewards import Answers, Reward
@@ -204,6 +205,7 @@ class _Judge:
 
     def __init__(self, config: Config, structure: nnx.GraphDef):
         self._settings, self._structure = config.rlhf, structure
+        self._passes = config.train.gradient_accumulation_steps
 
     def __call__(
         self,
@@ -238,11 +240,21 @@ class _Judge:
         return made, {"answer_kl": jnp.mean(jnp.sum(divergence, axis=1))}
 
     def _read(self, weights: Weights, rows: dict[str, Array]) -> tuple[Array, Array | None]:
-        """Give log-probabilities of the targets, and values where there is a value function."""
+        """Give log-probabilities of the targets, and values where there is a value function.
+
+        In as many passes as the train step makes, so that what has room for the one has for the other.
+        """
         model: Any = merge_weights(self._structure, weights)
-        hidden = model.hidden(rows["tokens"], counted=rows["loss_mask"]).states
-        log_probs = target_log_probs(model.logits(hidden), rows["targets"])
-        return log_probs, model.scores(hidden) if self._settings.algorithm == "ppo" else None
+
+        def read(rows: dict[str, Array]) -> tuple[Array, Array | None]:
+            hidden = model.hidden(rows["tokens"], counted=rows["loss_mask"]).states
+            log_probs = measure_logits(model, hidden, target_log_probs, rows["targets"])
+            return log_probs, model.scores(hidden) if self._settings.algorithm == "ppo" else None
+
+        if self._passes == 1:
+            return read(rows)
+        cut = jax.tree.map(lambda x: x.reshape(self._passes, -1, *x.shape[1:]), rows)
+        return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), jax.lax.map(read, cut))
 
 
 def summary(*, loss_mask: np.ndarray, ended: np.ndarray, rewards: np.ndarray) -> dict[str, float]:

@@ -87,15 +87,47 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
-@contextlib.contextmanager
-def compiled_plainly(*, plainly: bool = True) -> Iterator[None]:
-    """Compile without most optimizations, here and in commands: half of the time, other last bits."""
+XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
+# Of XLA, left out of plain programs besides: MLIR's passes over each fusion, which take half of the rest,
+# and threads that compile, since the other worker has the other core.
+PLAIN_OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+
+
+@functools.cache
+def plain_options() -> dict[str, Any]:
+    """Give those options that this XLA knows."""
     import jax
 
-    before = jax.config.read("jax_disable_most_optimizations")
+    known = {}
+    for name, value in PLAIN_OPTIONS.items():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
+            known[name] = value
+    return known
+
+
+@contextlib.contextmanager
+def compiled_plainly(*, plainly: bool = True) -> Iterator[None]:
+    """Compile without most optimizations, here and in commands: a third of the time, other last bits."""
+    import jax
+    from jax._src import compiler
+
+    before, options = jax.config.read("jax_disable_most_optimizations"), plain_options()
+    flags = " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
+
+    def plain(*given: Any, **named: Any) -> Any:
+        made = usual(*given, **named)
+        made.env_option_overrides = [*made.env_option_overrides, *options.items()]
+        return made
+
+    usual = getattr(compiler.get_compile_options, "usual", compiler.get_compile_options)
+    plain.usual = usual  # type: ignore[attr-defined]
     jax.clear_caches()  # which do not know how a program was compiled
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(plainly)))
+        patch.setenv("XLA_FLAGS", f"{XLA_FLAGS} {flags}" if plainly else XLA_FLAGS)
+        # What each program is compiled with; XLA reads its variable only once.
+        patch.setattr(compiler, "get_compile_options", plain if plainly else usual)
         jax.config.update("jax_disable_most_optimizations", plainly)
         try:
             yield
@@ -104,17 +136,23 @@ def compiled_plainly(*, plainly: bool = True) -> Iterator[None]:
             jax.clear_caches()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiler(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compile plainly for a file that says so: it compares no floats with another program's.
+@pytest.fixture(scope="session", autouse=True)
+def quick_compiler() -> Iterator[None]:
+    """Compile plainly all but what says otherwise: compiling is most of what the tests do."""
+    with compiled_plainly():
+        yield
 
-    Single tests of such a file that do take `optimized`.
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler(request: pytest.FixtureRequest, quick_compiler: None) -> Iterator[None]:
+    """Compile as a user's commands do for a file that says OPTIMIZED; single tests take `optimized`.
+
     What a file has set for the process ends with it.
     """
     import jax
 
-    plainly, wide = getattr(request.module, "COMPILED_PLAINLY", False), jax.config.jax_enable_x64
-    with compiled_plainly() if plainly else contextlib.nullcontext():
+    optimized, wide = getattr(request.module, "OPTIMIZED", False), jax.config.jax_enable_x64
+    with compiled_plainly(plainly=False) if optimized else contextlib.nullcontext():
         yield
     # A command that trains in float64 turns it on for its process.
     jax.config.update("jax_enable_x64", wide)
@@ -122,7 +160,7 @@ def compiler(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def optimized() -> Iterator[None]:
-    """Compile as a user's commands do, for a comparison with another program in a plain file."""
+    """Compile as a user's commands do, for a comparison with other programs."""
     with compiled_plainly(plainly=False):
         yield
 
@@ -150,6 +188,11 @@ def shared_data() -> Path:
 def prepared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give one data folder to all small runs, so that their corpus is prepared once."""
     return tmp_path_factory.mktemp("data")
+
+
+def flags_for_devices(count: int | str) -> str:
+    """Give the XLA_FLAGS of a process whose CPU counts as so many devices."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
 
 
 def run_python(

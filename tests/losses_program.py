@@ -5,7 +5,9 @@ import json
 import os
 from typing import Any
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+from conftest import flags_for_devices
+
+os.environ["XLA_FLAGS"] = flags_for_devices(8)
 
 import jax
 import numpy as np

@@ -8,11 +8,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+from conftest import SMALL_RUN, flags_for_devices
+
+os.environ["XLA_FLAGS"] = flags_for_devices(8)
 
 import jax
 import numpy as np
-from conftest import SMALL_RUN
 from test_sharding import PARALLEL_CHANGES
 
 import convert

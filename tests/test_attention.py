@@ -18,6 +18,8 @@ from tinyllm_jax.model.attention import (
 )
 from tinyllm_jax.model.attention_rows import attend_row_by_row, block_size
 
+OPTIMIZED = True
+
 HAS_GPU = jax.default_backend() == "gpu"
 
 

@@ -25,8 +25,6 @@ from tinyllm_jax.inference.talk_commands import Commands
 from tinyllm_jax.inference.terminal import Terminal, WordWrap
 from tinyllm_jax.settings import setting_fields
 
-COMPILED_PLAINLY = True
-
 SHORT = SamplingConfig(max_new_tokens=8)
 
 

@@ -14,6 +14,8 @@ from tinyllm_jax.model.attention import reference_attention
 from tinyllm_jax.model.kv_cache import LayerCache, empty_cache, visible_slots, write
 from tinyllm_jax.model.weights import HEAD, initial_weights, merge_weights, model_structure
 
+OPTIMIZED = True
+
 
 def draw(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)

@@ -18,8 +18,6 @@ from tinyllm_torch import generate as torch_generate
 from tinyllm_torch import train as torch_train
 
 pytestmark = pytest.mark.slow  # the file as a whole
-COMPILED_PLAINLY = True
-
 LAYERS, EXPERTS = 2, 4
 FLAGS = [
     *SMALL_RUN,

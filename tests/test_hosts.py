@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL_RUN
+from conftest import ROOT, SMALL_RUN, flags_for_devices
 
 from tinyllm_jax import train
 from tinyllm_jax.config import Config, DistributedConfig, load_config
@@ -26,8 +26,6 @@ from tinyllm_jax.training.checkpoint import open_checkpoint
 from tinyllm_jax.training.distributed import initialise
 from tinyllm_jax.training.metrics import read_metrics
 from tinyllm_jax.training.parallel import check_processes
-
-COMPILED_PLAINLY = True
 
 Layout = tuple[int, int, list[str]]  # processes, devices of each, and flags
 Event = tuple[int, int, signal.Signals]  # process, training batch, and what it gets then
@@ -99,7 +97,7 @@ class Processes:
         environment = os.environ | {
             "TINYLLM_DATA_DIR": str(self.data),
             "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": flags_for_devices(devices),
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         }
         meeting = ["--distributed.coordinator", f"127.0.0.1:{free_port()}"]

@@ -9,8 +9,6 @@ from tinyllm_jax import inspect
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.training.metrics import read_metrics
 
-COMPILED_PLAINLY = True
-
 
 @pytest.fixture(autouse=True)
 def one_data_folder(monkeypatch, prepared_folder):

@@ -45,8 +45,6 @@ from tinyllm_jax.training.checkpoint import open_checkpoint, read_checkpoint
 from tinyllm_jax.training.start_rules import SNAPSHOT
 from tinyllm_torch import train as torch_train
 
-COMPILED_PLAINLY = True
-
 LORA = {"lora.rank": 4, "lora.alpha": 8}
 MODEL = ModelConfig(
     vocab_size=64,

@@ -42,8 +42,6 @@ from tinyllm_jax.model.weights import (
 )
 from tinyllm_jax.objectives.pretrain import next_token_loss
 
-COMPILED_PLAINLY = True
-
 TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab_size, (2, 13))
 
 

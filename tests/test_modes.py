@@ -40,8 +40,6 @@ from tinyllm_jax.training.checkpoint import Checkpoint, open_checkpoint, read_ch
 from tinyllm_torch import generate as torch_generate
 
 pytestmark = pytest.mark.slow  # every test begins with runs of all modes
-COMPILED_PLAINLY = True
-
 HELD = ("dpo", "grpo", "ppo")
 
 

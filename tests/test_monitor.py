@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL_RUN
+from conftest import ROOT, SMALL_RUN, flags_for_devices
 from test_resume import assert_same_run, reproducible
 
 from tinyllm_jax import train
@@ -49,8 +49,6 @@ MONITOR_SETTINGS = (
     *("monitor.interval_steps", "monitor.spike_z", "monitor.spike_window", "monitor.rewinds"),
     *("monitor.rewind_batches", "monitor.skip_batches"),
 )
-COMPILED_PLAINLY = True
-
 TRAINERS = {"jax": train, "torch": torch_train}
 
 
@@ -301,7 +299,7 @@ def test_a_run_that_is_looked_at_computes_the_same_numbers(
 def test_devices_together_find_what_one_finds(flags, command, tmp_path):
     looks = {}
     for devices, more in (("1", []), ("4", flags)):
-        command.options["env"]["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        command.options["env"]["XLA_FLAGS"] = flags_for_devices(devices)
         words = [*SMALL_RUN, *more, "--max-steps", "2", "--monitor.interval_steps", "2"]
         done = command.run("train", *words, "--out", devices)
         assert done.returncode == 0, done.stderr
@@ -699,7 +697,7 @@ def run_two_processes(folder: Path, data: Path, *flags: str, bad: str) -> list[l
     environment = os.environ | {
         "TINYLLM_DATA_DIR": str(data),
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": flags_for_devices(1),
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
     }
     meeting = ["--distributed.coordinator", f"127.0.0.1:{port}"]

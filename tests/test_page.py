@@ -28,8 +28,6 @@ from tinyllm_jax.inference.service import (  # noqa: E402
 )
 
 pytestmark = pytest.mark.slow
-COMPILED_PLAINLY = True
-
 HOSTILE = (
     '<img src=x onerror="window.harmed=1"> </script><script>window.harmed=1</script> '
     "<b onmouseover='window.harmed=1'>bold</b> &lt; javascript:window.harmed=1"

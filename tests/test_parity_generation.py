@@ -27,6 +27,8 @@ from tinyllm_torch.inference.language_model import bundle_from_model, model_from
 from tinyllm_torch.model import weights as torch_weights
 from tinyllm_torch.training.checkpoint import read_checkpoint
 
+OPTIMIZED = True
+
 CONTEXT = changed(SMALL, max_position_embeddings=256, tie_word_embeddings=False)
 PROMPTS = [[1, 5, 9, 2, 40], [7], [3] * 17 + [8]]
 

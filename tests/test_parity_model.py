@@ -39,6 +39,8 @@ from tinyllm_torch.model import weights as torch_weights
 from tinyllm_torch.model.attention import attention
 from tinyllm_torch.model.dropout import dropout
 
+OPTIMIZED = True
+
 SHAPE = small_config("packed").model
 HEADS = {"multi_head": 4, "grouped": 2, "multi_query": 1}
 

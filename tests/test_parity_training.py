@@ -40,6 +40,8 @@ from tinyllm_torch.training import optim as torch_optim
 from tinyllm_torch.training import step as torch_step
 from tinyllm_torch.training.checkpoint import read_checkpoint, save_checkpoint
 
+OPTIMIZED = True
+
 # Clips now and then, decays visibly, and goes through warm-up, cosine and floor within 50 steps.
 RECIPE: dict[str, Any] = {
     "train__max_steps": 50,

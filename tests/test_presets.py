@@ -18,8 +18,6 @@ from tinyllm_jax.training.metrics import read_metrics
 from tinyllm_torch.objectives.pretrain import make_pretraining
 
 pytestmark = pytest.mark.slow  # the file as a whole
-COMPILED_PLAINLY = True
-
 STEPS = 20
 # Largest relative difference of a loss between the packages over the 20 steps, in float32.
 LOSS_TOLERANCE = 1e-4

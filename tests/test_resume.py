@@ -24,8 +24,6 @@ from tinyllm_jax.training.metrics import read_metrics
 from tinyllm_jax.training.optim import Moments
 from tinyllm_jax.training.step_folders import find_checkpoint
 
-COMPILED_PLAINLY = True
-
 # Checkpoints away from evaluations and from writes of the metrics file.
 INTERVALS = ["--checkpoint.interval_steps", "28", "--train.eval_interval_steps", "50"]
 VARIANTS = {

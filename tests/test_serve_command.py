@@ -29,8 +29,6 @@ from tinyllm_jax.server import run as server_run
 from tinyllm_jax.server.app import Api
 from tinyllm_jax.settings import setting_fields
 
-COMPILED_PLAINLY = True
-
 LONG = json.dumps({"prompt": "Once", "max_tokens": 10**6, "stream": True}).encode()
 
 

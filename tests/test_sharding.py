@@ -23,8 +23,6 @@ from tinyllm_jax.training.parallel import OneDevice, grid_sizes, make_parallel
 from tinyllm_jax.training.sharding import SPECS, weight_spec
 from tinyllm_torch import train as torch_train
 
-COMPILED_PLAINLY = True
-
 TOLERANCE = 1e-5
 # Each setting of its section, another value, and what the run of eight devices says then.
 PARALLEL_CHANGES = {

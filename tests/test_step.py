@@ -17,8 +17,6 @@ from tinyllm_jax.objectives.pretrain import count_targets, next_token_loss
 from tinyllm_jax.settings import build
 from tinyllm_jax.training.step import make_evaluation_step, make_train_step, new_state
 
-COMPILED_PLAINLY = True
-
 SHAPE = {
     "model.vocab_size": 64,
     "model.hidden_size": 16,

@@ -15,6 +15,8 @@ from tinyllm_jax.data.toy_stories import sentence_is_grammatical, split_sentence
 from tinyllm_jax.training.checkpoint import read_checkpoint
 from tinyllm_jax.training.metrics import read_metrics
 
+OPTIMIZED = True
+
 PROMPT = "Once upon a time"
 pytestmark = pytest.mark.slow
 

@@ -22,8 +22,6 @@ from tinyllm_jax.training import loop
 from tinyllm_jax.training.metrics import read_metrics
 from tinyllm_jax.training.step_log import StepLog
 
-COMPILED_PLAINLY = True
-
 STORIES = list(generate_stories(seed=1, start=0, stop=300))
 
 

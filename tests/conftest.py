@@ -52,11 +52,21 @@ BINARIES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 # The files that take longest, which begin first, so that two workers end at about the same time.
 LONGEST = [
-    *("presets", "lora", "tiny", "hosts", "settings_reach", "modes", "mode_settings"),
-    *("sharding", "page", "resume", "model", "step", "switch", "expert_runs", "serve_command"),
-    *("convert_family_runs", "train", "ray", "monitor", "policy_losses", "chat_command"),
-    *("convert_hostile", "rollouts", "verify_resume", "optim", "parity_training", "dispatch"),
-    *("evaluate", "dry_run"),
+    *(
+        "tiny",
+        "lora",
+        "monitor",
+        "faults",
+        "resume",
+        "parity_model",
+        "modes",
+        "rl_control",
+        "hosts",
+    ),
+    *("sharding", "page", "decoding", "mode_settings", "settings_reach", "presets"),
+    *("parity_training", "convert_family_runs", "convert_meaning", "switch", "parity_generation"),
+    *("bad_input_kinds", "engine", "train", "attention", "model", "convert_chain", "serve_command"),
+    *("convert_parity", "verify_resume", "ray", "preference_losses", "expert_runs", "dispatch"),
 ]
 
 

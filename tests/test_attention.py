@@ -83,6 +83,7 @@ def test_every_implementation_equals_the_formula(
     np.testing.assert_allclose(actual, expected, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [64, 65, 150, 600])
 @pytest.mark.parametrize("documents", [1, 3])
 def test_blocks_and_rows_change_no_output_and_no_gradient(length: int, documents: int) -> None:
@@ -119,6 +120,7 @@ def test_blocks_and_rows_change_no_output_and_no_gradient(length: int, documents
                 np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [4, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_by_themselves_keep_the_precision(heads: int, dtype: str) -> None:

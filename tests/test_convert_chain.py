@@ -32,7 +32,6 @@ from tinyllm_jax.errors import InputError
 from tinyllm_jax.training.checkpoint import read_checkpoint
 from tinyllm_jax.training.step_folders import mark_best
 
-COMPILED_PLAINLY = True  # as the run that goes on here
 PROMPT = "Once upon a time"
 ODD_TEXTS = [
     "", " ", "  two spaces", "one  two   three", "\n\nline\n", "tab\there", "naïve café", "日本語",
@@ -82,6 +81,7 @@ def assert_same_run(actual: convert.Bundle, expected: convert.Bundle) -> None:
     assert actual.tokenizer.to_bytes() == expected.tokenizer.to_bytes()
 
 
+@pytest.mark.slow
 def test_weights_come_back_bitwise_from_torch_hugging_face_and_llama2c(
     trained_run, tmp_path, capsys
 ):
@@ -101,6 +101,7 @@ def test_weights_come_back_bitwise_from_torch_hugging_face_and_llama2c(
     assert stories[0] == stories[1]
 
 
+@pytest.mark.slow
 def test_moments_and_counters_come_back_bitwise_from_every_format_that_has_them(
     trained_run, tmp_path
 ):
@@ -307,6 +308,7 @@ def test_llama2c_tokenizers_come_back_with_the_same_ids(sentencepiece, tmp_path)
     assert tokenizer_bin(back) == content
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_report(trained_run, tmp_path):
     done = run_python("-m", "convert", trained_run, "x.pt", folder=tmp_path, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
@@ -318,6 +320,7 @@ def test_the_command_prints_a_report(trained_run, tmp_path):
     assert lines[3] == "Logits   largest difference 0, 0.00% of their spread"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["torch", "safetensors", "hf", "llama2c"])
 def test_whatever_convert_writes_is_loaded_and_started_from(
     to, trained_run, tmp_path, monkeypatch, prepared_folder

@@ -59,6 +59,7 @@ def one_line(caught: pytest.ExceptionInfo[InputError]) -> str:
 # More rows than tokens ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytelevel"])
 def test_an_embedding_padded_beyond_its_tokenizer_goes_through_every_format_that_holds_it(
     kind, request, tmp_path, capsys
@@ -94,6 +95,7 @@ def test_a_row_without_a_token_is_never_picked(package, sentencepiece, tmp_path)
         assert story.startswith("Once")
 
 
+@pytest.mark.slow
 def test_llama2c_refuses_more_rows_than_pieces_before_it_writes(tmp_path, sentencepiece, bytelevel):
     convert.write(padded(sentencepiece), tmp_path / "hf", to="hf")
     before = sorted(tmp_path.rglob("*"))

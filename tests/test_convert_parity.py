@@ -46,6 +46,7 @@ def table(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[s
     return run
 
 
+@pytest.mark.slow
 def test_a_trained_run_passes_with_the_moments_it_has(table: Any, trained_run: Path) -> None:
     code, rows, printed = table(trained_run)
     assert code == 0, printed
@@ -55,6 +56,7 @@ def test_a_trained_run_passes_with_the_moments_it_has(table: Any, trained_run: P
     assert "moments of step 20" in printed
 
 
+@pytest.mark.slow
 def test_its_copies_pass_in_float32_on_a_text(
     table: Any, trained_run: Path, tmp_path: Path
 ) -> None:
@@ -75,6 +77,7 @@ def test_its_copies_pass_in_float32_on_a_text(
     assert f"on {text}" in printed
 
 
+@pytest.mark.slow
 def test_a_model_without_tokenizer_is_compared_on_random_tokens(
     table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +126,7 @@ BREAKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_twin_fails_in_the_right_rows(
     name: str, table: Any, trained_run: Path, monkeypatch: pytest.MonkeyPatch

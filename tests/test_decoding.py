@@ -21,6 +21,7 @@ def draw(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [7, 64, 100, 128])
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 def test_a_cache_read_in_blocks_gives_what_the_whole_one_gives(slots: int, kv_heads: int) -> None:
@@ -79,6 +80,7 @@ def test_one_token_is_written_where_many_are() -> None:
     jax.tree.map(np.testing.assert_array_equal, cache, together)
 
 
+@pytest.mark.slow
 def test_one_token_takes_the_ways_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig(
         vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -105,6 +107,7 @@ def test_one_token_takes_the_ways_of_few_rows(monkeypatch: pytest.MonkeyPatch) -
     assert calls == ["blocks"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, decoding_weights.ROWS_OF_TABLE])
 def test_weights_for_few_rows_give_the_same_logits(rows: int, tied: bool) -> None:
@@ -134,6 +137,7 @@ def test_what_does_not_compute_in_float32_is_taken_as_it_is() -> None:
     assert decoding_weights.add_head(config, weights) == weights
 
 
+@pytest.mark.slow
 def test_experts_and_routers_are_not_turned() -> None:
     config = ModelConfig(num_hidden_layers=1, num_experts=2, num_shared_experts=1, vocab_size=32)
     weights = initial_weights(config, seed=0)
@@ -150,6 +154,7 @@ def test_experts_and_routers_are_not_turned() -> None:
     np.testing.assert_allclose(model(tokens), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "slots"), [(1, 64), (2, 64), (1, 32)])
 def test_the_loop_over_tokens_holds_turned_matrices_for_one_row(rows: int, slots: int) -> None:
     config = ModelConfig(

@@ -84,6 +84,7 @@ def test_a_resumed_run_hands_over_the_same_steps_together(look, save):
         assert rest == whole[place + 1 :]
 
 
+@pytest.mark.slow
 def test_several_steps_at_once_are_the_same_run(small):
     flags = ["--max-steps", "10", "--train.eval_interval_steps", "8"]
     alone = small(*flags, out="alone")
@@ -98,6 +99,7 @@ def test_several_steps_at_once_are_the_same_run(small):
                 )
 
 
+@pytest.mark.slow
 def test_steps_at_once_are_handed_over_at_once_and_resume_bitwise(small, monkeypatch):
     handed: list[int] = []
     place = parallel.OneDevice.place_steps
@@ -173,6 +175,7 @@ def test_the_device_reads_the_rows_that_the_host_does(packing, shape, prepared_f
             np.testing.assert_array_equal(np.asarray(found[name]).reshape(rows.shape), rows, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_a_run_is_the_same_whoever_reads_its_rows(packing, small, monkeypatch):
     placed: list[set[str]] = []

@@ -166,6 +166,7 @@ def test_prompts_are_read_in_turns(engine: Engine) -> None:
     finish(engine)
 
 
+@pytest.mark.slow
 def test_no_more_chunks_are_read_than_requests_wait_meanwhile(
     weights: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,6 +439,7 @@ def test_rows_of_the_embedding_beyond_the_tokenizer_are_never_picked(
         assert (max(told) < 40) == (max(answer.ids) < 40) == limit_holds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -459,6 +461,7 @@ def test_every_kind_of_model_is_served(fields: dict[str, Any]) -> None:
     assert answer.ids == expected.token_ids.tolist()
 
 
+@pytest.mark.slow
 def test_settings_change_what_they_name(weights: Any) -> None:
     def make(**fields: Any) -> Engine:
         settings = EngineConfig(slots=1, **fields)
@@ -485,6 +488,7 @@ def test_settings_change_what_they_name(weights: Any) -> None:
     assert held(make(weights="bfloat16")) == held(make(weights="float32")) / 2
 
 
+@pytest.mark.slow
 def test_the_engine_holds_one_cache(weights: Any) -> None:
     """A dispatch that copied the cache would need twice the memory and most of the time."""
     engine = Engine(CONFIG, weights, tokens=CONFIG.vocab_size, settings=EngineConfig(slots=2))

@@ -58,6 +58,7 @@ def model(trained_run: Path) -> LanguageModel:
     return load(trained_run)
 
 
+@pytest.mark.slow
 def test_the_harness_and_our_command_give_the_same_numbers(
     trained_run: Path, model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ def page_faults(how: str) -> int:
     return int(run_python("-c", PROGRAM, how, check=True).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's own settings")
 def test_a_step_touches_no_fresh_memory_once_it_is_kept():
     # 16,384 pages for each step whose memory is new; one kept may still move once.

@@ -364,6 +364,7 @@ def test_a_tensorboard_that_is_looking_forgets_what_a_run_went_back_from(tmp_pat
     assert found == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
+@pytest.mark.slow
 @needs("tensorboard")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_run_shows_in_tensorboard_what_its_metrics_say(tmp_path, prepared_folder, monkeypatch):

@@ -97,6 +97,7 @@ def test_at_the_start_a_model_with_adapters_is_the_model() -> None:
     np.testing.assert_array_equal(actual, plain_logits(MODEL, weights))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     ("targets", "scan_layers"),

@@ -560,6 +560,7 @@ def loss_and_gradients(experts: int, checkpointing: str, scan_layers: bool) -> A
     return jax.jit(jax.value_and_grad(loss))(random_weights(plain))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     ("checkpointing", "scan_layers"),

@@ -272,6 +272,7 @@ def rows_of(run: str, kind: str) -> list[dict[str, Any]]:
     return [row for row in read_metrics(Path(run) / "metrics.jsonl") if row["kind"] == kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [[], pytest.param(["--train.steps_per_dispatch", "3"], marks=pytest.mark.slow)]
 )
@@ -461,6 +462,7 @@ def weights_of(run: str, step: int) -> dict[str, np.ndarray]:
     return {name: each.numpy() for name, each in torch_read_checkpoint(folder).weights.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["jax", pytest.param("torch", marks=pytest.mark.slow)])
 def test_a_run_that_went_back_is_bitwise_one_that_never_saw_those_batches(
     package, bad_batches, capsys
@@ -585,6 +587,7 @@ def test_checkpoints_from_between_are_set_aside_and_not_gone_on_from(bad_batches
     assert best["step"] == int(Path("far/best").resolve().name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["jax", pytest.param("torch", marks=pytest.mark.slow)])
 def test_what_a_rewind_set_aside_goes_on_as_if_there_had_been_none(package, bad_batches, capsys):
     """A person may think that a warning was a false alarm."""

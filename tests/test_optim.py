@@ -482,6 +482,7 @@ def torch_stepper(config: Config) -> Callable[[Any, Any], Any]:
     )
 
 
+@pytest.mark.slow
 def test_twenty_steps_of_muon_on_a_model_are_the_same_in_both_frameworks() -> None:
     config = small_config(
         **MUON, model__compute_dtype="float64", optimizer__schedule="wsd", train__max_steps=20
@@ -535,6 +536,7 @@ def tokenizer(trained_run: Path) -> Tokenizer:
     return load_tokenizer(trained_run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_a_run_under_muon_goes_on_bitwise_from_its_checkpoint(
     framework: str, tmp_path: Path, tokenizer: Tokenizer
@@ -604,6 +606,7 @@ def test_an_adamw_run_is_not_resumed_under_muon(
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_run_under_muon_begins_from_the_weights_of_an_adamw_run(
     trained_run: Path, tmp_path: Path, prepared_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def continuations(
 # Greedy -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_two_hundred_greedy_tokens_are_those_of_jax_and_transformers(dtype: str) -> None:
     config = changed(CONTEXT, compute_dtype=dtype)
@@ -79,6 +80,7 @@ def test_two_hundred_greedy_tokens_are_those_of_jax_and_transformers(dtype: str)
         assert theirs[0, len(prompt) :].tolist() == tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "eos_id"),
     [
@@ -250,6 +252,7 @@ def test_the_command_prints_the_story_that_the_loaded_model_writes(
     assert capsys.readouterr().out == f"\n{command.SEPARATOR}\n".join(drawn) + "\n"
 
 
+@pytest.mark.slow
 def test_a_loaded_model_has_the_logits_and_the_story_of_jax_with_its_weights(
     torch_run: Path,
 ) -> None:

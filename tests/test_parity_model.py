@@ -67,6 +67,7 @@ def test_the_batches_hold_what_they_are_to_show(prepared_folder: Path) -> None:
 # Logits, loss and gradients -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", preset_names())
 def test_a_preset_scaled_down_has_the_same_numbers_in_both(
     preset: str, prepared_folder: Path
@@ -77,6 +78,7 @@ def test_a_preset_scaled_down_has_the_same_numbers_in_both(
     assert np.abs(expected["logits"]).max() > 0.1, "logits this small could hide an error"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("heads", "packing"), list(zip(HEADS, PACKINGS, strict=True)))
 def test_every_form_of_heads_and_tying_has_the_same_numbers_in_both(
@@ -100,6 +102,7 @@ FAMILY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("member", FAMILY)
 def test_every_member_of_the_family_has_the_same_numbers_in_both(
@@ -131,6 +134,7 @@ def skewed_batch() -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_to_the_twin_as_to_float32() -> None:
     """Of enough rows that a gradient summed in bfloat16 would be wrong by several percent."""
     batch = skewed_batch()
@@ -294,6 +298,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     assert float(dropped.max()) == pytest.approx(3.0 / 0.6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rate", ["embedding_dropout", "attention_dropout", "residual_dropout", "mlp_dropout"]
 )

@@ -195,6 +195,7 @@ def test_the_optimizer_makes_of_the_same_gradients_the_same_weights(max_grad_nor
 # One step and fifty -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [1, 4])
 def test_one_step_changes_every_weight_and_moment_alike(passes: int, prepared_folder: Path) -> None:
     config = recipe(
@@ -212,6 +213,7 @@ def test_one_step_changes_every_weight_and_moment_alike(passes: int, prepared_fo
     assert_equal_in("float64", ours.arrays(), theirs.arrays())
 
 
+@pytest.mark.slow
 def test_a_step_that_is_no_number_changes_nothing_but_the_streak(prepared_folder: Path) -> None:
     config = recipe("packed")
     objective = torch_pretrain.make_pretraining(config, prepared_data(config, prepared_folder))
@@ -237,6 +239,7 @@ def test_a_step_that_is_no_number_changes_nothing_but_the_streak(prepared_folder
         np.testing.assert_array_equal(array, kept[name], err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("packing", "dtype"), [*((packing, "float64") for packing in PACKINGS), ("packed", "float32")]
 )
@@ -311,6 +314,7 @@ def reproducible(run: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] != "speed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["--resume", "--auto-resume"])
 def test_a_run_that_goes_on_is_bitwise_the_run_that_never_stopped(quick_run: Any, way: str) -> None:
     assert quick_run("--max-steps", "16", "--out", "whole") == 0
@@ -339,6 +343,7 @@ def test_a_run_that_goes_on_is_bitwise_the_run_that_never_stopped(quick_run: Any
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_a_run_begun_in_jax_goes_on_here_with_the_losses_it_has_there(
     trained_run: Path, tmp_path: Path, prepared_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,6 +437,7 @@ def raise_full_disk(*_: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.slow
 def test_the_twin_trains_without_importing_jax(tmp_path: Path, prepared_folder: Path) -> None:
     program = (
         "import sys\n"

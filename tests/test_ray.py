@@ -123,6 +123,7 @@ def test_a_killed_worker_costs_its_group_a_second_run_and_nothing_else(
     assert {n: c for n, c in contents(there.folder).items() if n[0] != "."} == expected
 
 
+@pytest.mark.slow
 @needs_ray
 def test_a_group_whose_process_always_dies_names_the_file_and_the_rest_is_kept(
     cluster, stories, tmp_path, monkeypatch
@@ -240,6 +241,7 @@ run(lambda: prepare(config, progress=False) and 0)
 """
 
 
+@pytest.mark.slow
 @needs_ray
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_ctrl_c_ends_a_cluster_of_its_own_and_the_next_run_goes_on(cluster, stories, tmp_path):

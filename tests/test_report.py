@@ -375,6 +375,7 @@ def calls_of_a_page(folder: Path) -> int:
     return count
 
 
+@pytest.mark.slow
 def test_a_page_of_20_000_steps_is_small_and_five_times_the_steps_are_five_times_the_calls(
     tmp_path: Path,
 ):
@@ -548,6 +549,7 @@ def test_what_is_no_run_is_refused_in_one_line(command: Command, tmp_path: Path)
 # The environment --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_page_of_a_run_goes_on_until_its_end_also_in_the_twin(
     prepared_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -572,6 +574,7 @@ def test_the_page_of_a_run_goes_on_until_its_end_also_in_the_twin(
     assert "torch" in only["versions"]
 
 
+@pytest.mark.slow
 def test_each_start_of_a_run_is_written_down(
     prepared_folder: Path, run_copy: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -229,6 +229,7 @@ def damage_newest(run: Path, step: int) -> None:
     path.write_bytes(path.read_bytes() + b" ")
 
 
+@pytest.mark.slow
 def test_damage_at_the_same_step_twice_is_no_obstacle(run_copy, capsys):
     for _ in range(2):
         damage_newest(run_copy, 20)
@@ -273,6 +274,7 @@ def test_what_copying_and_file_managers_do_to_a_run_is_no_obstacle(run_copy):
     assert (run_copy / "checkpoints/.DS_Store").is_file()
 
 
+@pytest.mark.slow
 def test_best_and_a_step_named_from_inside_mean_their_run(run_copy, tmp_path, monkeypatch):
     assert train.main(["--resume", str(run_copy / "best"), "--max-steps", "21"]) == 0
     monkeypatch.chdir(run_copy / "checkpoints")
@@ -359,6 +361,7 @@ def test_weights_without_moments_cannot_be_resumed_but_started_from(run_copy, tm
     assert train.main([*SMALL_RUN, "--init-from", str(folder), *flags, "--max-steps", "1"]) == 0
 
 
+@pytest.mark.slow
 def test_a_run_resumed_in_float64_computes_and_keeps_float64(run_copy):
     import jax
 
@@ -381,6 +384,7 @@ def test_a_broken_line_inside_the_metrics_is_named(run_copy):
 STRETCH = ["--model.rope_type", "yarn", "--model.rope_factor", "2"]
 
 
+@pytest.mark.slow
 def test_a_new_run_may_stretch_the_positions_of_old_weights_and_a_resumed_one_may_not(
     run_copy, tmp_path
 ):

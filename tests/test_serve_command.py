@@ -70,6 +70,7 @@ class Running:
             self.process.communicate()
 
 
+@pytest.mark.slow
 def test_it_says_where_it_is_and_what_to_type(command: Command, trained_run: Path) -> None:
     with Running(command, "--checkpoint", str(trained_run)) as server:
         said = "".join(server.said)
@@ -87,6 +88,7 @@ def test_it_says_where_it_is_and_what_to_type(command: Command, trained_run: Pat
         assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_sigterm_lets_answers_end_and_refuses_new_ones(command: Command, trained_run: Path) -> None:
     with Running(command, "--checkpoint", str(trained_run), endless=True) as server:
         with connect(server.url) as connection, connect(server.url) as idle:

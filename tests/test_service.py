@@ -250,6 +250,7 @@ def test_without_programs_that_cannot_be_compiled_others_answer(
     service.stop()
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_without_stopping_leaves_no_compiler_to_be_killed() -> None:
     """A thread that is killed in the midst of XLA aborts the whole process."""
     lines = (

@@ -68,6 +68,7 @@ def test_cross_entropy_equals_torch_also_for_huge_logits():
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [2, 4])
 def test_accumulated_passes_give_the_exact_token_mean_however_unevenly_they_are_filled(passes):
     with jax.enable_x64(True):
@@ -150,6 +151,7 @@ def test_dropout_differs_between_steps_and_passes_and_repeats_with_the_seed():
     assert float(stepper(other)(first, batch)[1]["loss"]) != loss
 
 
+@pytest.mark.slow
 def test_every_pass_drops_out_other_places():
     config = small_config(
         model__residual_dropout=0.5, train__batch_size=2, train__gradient_accumulation_steps=2

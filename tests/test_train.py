@@ -81,6 +81,7 @@ def test_a_run_leaves_everything_that_is_promised(trained_run):
     assert "http://" not in report.replace("http://www.w3.org", "")
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_does_and_how_to_go_on(command: Command):
     done = command.run("train", *SMALL_RUN, "--max-steps", "3")
     assert done.returncode == 0, done.stderr
@@ -99,6 +100,7 @@ def test_the_command_says_what_it_does_and_how_to_go_on(command: Command):
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(command: Command):
     process = command.start("train", *SMALL_RUN, "--max-steps", "100000", "--out", "run")
     metrics = Path(command.options["cwd"]) / "run/metrics.jsonl"
@@ -289,6 +291,7 @@ def test_a_read_only_output_folder_is_refused(folder, capsys):
     assert "Name another folder with --out" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kilobytes", [4, 20, 60])
 def test_no_space_left_ends_in_one_line_and_nothing_that_looks_whole(
     kilobytes, folder, command: Command

@@ -91,6 +91,7 @@ def test_damage_to_the_newest_checkpoint_costs_no_step_before_it(
     assert trial.verdict == EXACT, trial
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(folder: Path) -> None:
     run = folder / "jumping"
     with harness.inside(folder), damage.jumping_clock(0, (0.0, -damage.DAY_SECONDS, 1e5)):
@@ -122,6 +123,7 @@ def test_a_lack_of_memory_is_told_in_one_line(
     assert "--auto-resume" in line
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_during_a_save_is_told_in_one_line_without_a_traceback(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

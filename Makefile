@@ -42,9 +42,9 @@ lowest:
 	.venv/lowest/bin/python -m pip install --quiet --disable-pip-version-check uv $(LOWEST_TORCH)
 	.venv/lowest/bin/uv pip install --quiet --python .venv/lowest/bin/python --resolution lowest-direct \
 		--editable '.[serve,gguf,tensorboard,ray]' $(LOWEST_TOOLS)
-	.venv/lowest/bin/python -m pytest -m "not slow" -k "not transformers" \
+	.venv/lowest/bin/python -m pytest -k "not transformers" \
 		$(patsubst %,tests/test_%.py,$(LOWEST_TESTS) $(if $(LOWEST_TORCH),$(LOWEST_TESTS_OF_BOTH)))
-	.venv/lowest/bin/python -m pytest -m "not slow" -o filterwarnings=default tests/test_ray.py
+	.venv/lowest/bin/python -m pytest -o filterwarnings=default tests/test_ray.py
 
 # By themselves, since they raise others. Nothing is sent.
 lowest-loggers:

@@ -24,6 +24,8 @@ from tinyllm_jax.training.loop import dispatches
 from tinyllm_jax.training.metrics import read_metrics
 from tinyllm_torch import train as torch_train
 
+OPTIMIZED = True
+
 # Settings that this file shows to have an effect, for the test that every setting has one.
 DISPATCH_SETTINGS = ("train.steps_per_dispatch", "train.corpus_on_device", "run.profile")
 PACKINGS = ("stream", "padded", "packed")

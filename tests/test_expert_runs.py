@@ -18,6 +18,7 @@ from tinyllm_torch import generate as torch_generate
 from tinyllm_torch import train as torch_train
 
 pytestmark = pytest.mark.slow  # the file as a whole
+
 LAYERS, EXPERTS = 2, 4
 FLAGS = [
     *SMALL_RUN,

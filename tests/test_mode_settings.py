@@ -14,6 +14,7 @@ from tinyllm_jax.settings import setting_fields
 from tinyllm_jax.training import loop
 
 pytestmark = pytest.mark.slow  # the file as a whole
+
 # Two steps of the same answers at a rate at which the second is outside of every clip range.
 BRIEF = {
     **SHORT,

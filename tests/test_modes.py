@@ -40,6 +40,7 @@ from tinyllm_jax.training.checkpoint import Checkpoint, open_checkpoint, read_ch
 from tinyllm_torch import generate as torch_generate
 
 pytestmark = pytest.mark.slow  # every test begins with runs of all modes
+
 HELD = ("dpo", "grpo", "ppo")
 
 

@@ -273,9 +273,7 @@ def rows_of(run: str, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags", [[], pytest.param(["--train.steps_per_dispatch", "3"], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("flags", [[], ["--train.steps_per_dispatch", "3"]])
 def test_a_run_that_is_looked_at_computes_the_same_numbers(
     flags, tmp_path, prepared_folder, monkeypatch
 ):
@@ -463,7 +461,7 @@ def weights_of(run: str, step: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["jax", pytest.param("torch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("package", ["jax", "torch"])
 def test_a_run_that_went_back_is_bitwise_one_that_never_saw_those_batches(
     package, bad_batches, capsys
 ):
@@ -588,7 +586,7 @@ def test_checkpoints_from_between_are_set_aside_and_not_gone_on_from(bad_batches
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["jax", pytest.param("torch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("package", ["jax", "torch"])
 def test_what_a_rewind_set_aside_goes_on_as_if_there_had_been_none(package, bad_batches, capsys):
     """A person may think that a warning was a false alarm."""
     main = TRAINERS[package].main

@@ -42,6 +42,8 @@ from tinyllm_torch.training import optim as torch_optim
 from tinyllm_torch.training import start as torch_start
 from tinyllm_torch.training import step as torch_step
 
+OPTIMIZED = True
+
 SHAPE = {
     "model.vocab_size": 64,
     "model.hidden_size": 16,

@@ -28,6 +28,7 @@ from tinyllm_jax.inference.service import (  # noqa: E402
 )
 
 pytestmark = pytest.mark.slow
+
 HOSTILE = (
     '<img src=x onerror="window.harmed=1"> </script><script>window.harmed=1</script> '
     "<b onmouseover='window.harmed=1'>bold</b> &lt; javascript:window.harmed=1"

@@ -18,6 +18,7 @@ from tinyllm_jax.training.metrics import read_metrics
 from tinyllm_torch.objectives.pretrain import make_pretraining
 
 pytestmark = pytest.mark.slow  # the file as a whole
+
 STEPS = 20
 # Largest relative difference of a loss between the packages over the 20 steps, in float32.
 LOSS_TOLERANCE = 1e-4

@@ -20,6 +20,7 @@ from tinyllm_jax.data.toy_stories import generate_stories
 from tinyllm_jax.errors import InputError
 from tinyllm_jax.inference.generate import SMALLEST_BUCKET
 from tinyllm_jax.model.weights import initial_weights, merge_weights, model_structure
+from tinyllm_jax.objectives import head_blocks
 from tinyllm_jax.objectives.rewards import Answers, load_reward_function, words_used
 from tinyllm_jax.objectives.rollouts import Rollouts
 
@@ -167,7 +168,7 @@ def test_answers_end_where_the_row_is_full(template: ChatTemplate) -> None:
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_old_log_probabilities_are_those_that_answers_were_drawn_with(
-    algorithm: str, data: PromptData, template: ChatTemplate
+    algorithm: str, data: PromptData, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(algorithm=algorithm)
     weights, reference = (weights_of(config, template, seed=seed) for seed in (0, 1))
@@ -284,12 +285,13 @@ def test_advantages_of_ppo_are_normalised_over_all_answers(
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_rows_are_judged_in_the_passes_of_the_train_step_in_less_memory(
-    algorithm: str, data: PromptData, template: ChatTemplate
+    algorithm: str, data: PromptData, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(algorithm=algorithm)
     weights, reference = (weights_of(config, template, seed=seed) for seed in (0, 1))
     batches, held = [], []
-    for passes in (1, 6):
+    for passes, block in ((1, 10_000), (6, 16)):  # the passes make their logits in blocks, too
+        monkeypatch.setattr(head_blocks, "CPU_BLOCK_TOKENS", block)
         train = dataclasses.replace(
             config.train,
             batch_size=config.rows_per_step // passes,

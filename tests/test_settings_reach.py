@@ -64,6 +64,7 @@ from tinyllm_torch.training import loop as torch_loop
 from tinyllm_torch.training.checkpoint import open_checkpoint as torch_open_checkpoint
 
 pytestmark = pytest.mark.slow  # the file as a whole
+
 Settings = Mapping[str, Any]
 TRAINERS = {"jax": train, "torch": torch_train}
 # Each command, and the module that loads its model.

@@ -242,7 +242,7 @@ class _Judge:
     def _read(self, weights: Weights, rows: dict[str, Array]) -> tuple[Array, Array | None]:
         """Give log-probabilities of the targets, and values where there is a value function.
 
-        In as many passes as the train step makes, so that what has room for the one has for the other.
+        In as many passes as the train step makes, so that only the rows of one are in memory at once.
         """
         model: Any = merge_weights(self._structure, weights)
 

@@ -123,7 +123,7 @@ class MetricsFile:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """Name the file in errors, which of what is open say no name."""
+        """Name the file in errors: those of an open file do not."""
         try:
             yield
         except OSError as error:

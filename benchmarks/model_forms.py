@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.report import alternate
-from tinyllm_jax.config import Config, ModelConfig, load_config
+from tinyllm_jax.config import Config, load_config
 from tinyllm_jax.model.attention import reference_attention
 from tinyllm_jax.model.compiled import compiled
 from tinyllm_jax.model.weights import (
@@ -122,16 +122,8 @@ def measure_attention(length: int, rounds: int) -> None:
 
 def measure_head(tokens: int, vocab: int, rounds: int) -> None:
     """Compare losses of a tied head in blocks and of all logits: head, loss and gradients."""
-    config = ModelConfig(
-        vocab_size=vocab,
-        hidden_size=288,
-        intermediate_size=768,
-        num_hidden_layers=1,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        max_position_embeddings=256,
-        compute_dtype="float32",
-    )
+    changes = {"model.vocab_size": vocab, "model.num_hidden_layers": 1}
+    config = load_config("stories_15m", {**changes, "model.compute_dtype": "float32"}).model
     structure, weights = model_structure(config)[0], initial_weights(config, seed=0)
     numbers = np.random.default_rng(0)
     states = jnp.asarray(numbers.standard_normal((tokens // 256, 256, 288), np.float32))

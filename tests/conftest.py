@@ -114,24 +114,13 @@ def plain_options() -> dict[str, Any]:
 def compiled_plainly(*, plainly: bool = True) -> Iterator[None]:
     """Compile without most optimizations, here and in commands: a third of the time, other last bits."""
     import jax
-    from jax._src import compiler
 
-    before, options = jax.config.read("jax_disable_most_optimizations"), plain_options()
-    flags = " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
-
-    def plain(*given: Any, **named: Any) -> Any:
-        made = usual(*given, **named)
-        made.env_option_overrides = [*made.env_option_overrides, *options.items()]
-        return made
-
-    usual = getattr(compiler.get_compile_options, "usual", compiler.get_compile_options)
-    plain.usual = usual  # type: ignore[attr-defined]
+    before = jax.config.read("jax_disable_most_optimizations")
+    flags = " ".join(f"--{name}={str(value).lower()}" for name, value in plain_options().items())
     jax.clear_caches()  # which do not know how a program was compiled
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(plainly)))
         patch.setenv("XLA_FLAGS", f"{XLA_FLAGS} {flags}" if plainly else XLA_FLAGS)
-        # What each program is compiled with; XLA reads its variable only once.
-        patch.setattr(compiler, "get_compile_options", plain if plainly else usual)
         jax.config.update("jax_disable_most_optimizations", plainly)
         try:
             yield
@@ -143,7 +132,20 @@ def compiled_plainly(*, plainly: bool = True) -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def quick_compiler() -> Iterator[None]:
     """Compile plainly all but what says otherwise: compiling is most of what the tests do."""
-    with compiled_plainly():
+    import jax
+    from jax._src import compiler
+
+    usual, options = compiler.get_compile_options, plain_options()
+
+    def options_of_program(*given: Any, **named: Any) -> Any:
+        made = usual(*given, **named)
+        if jax.config.read("jax_disable_most_optimizations"):
+            made.env_option_overrides = [*made.env_option_overrides, *options.items()]
+        return made
+
+    with pytest.MonkeyPatch.context() as patch, compiled_plainly():
+        # XLA reads its variable only once in a process.
+        patch.setattr(compiler, "get_compile_options", options_of_program)
         yield
 
 

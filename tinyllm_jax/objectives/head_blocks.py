@@ -10,11 +10,10 @@ from jaxtyping import Array, Float
 
 from tinyllm_jax.model.placement import placement
 
-# On a CPU blocks of 512 tokens were the fastest of 256, 512 and 1024 for the cross-entropy, at vocabularies of
-# 4,096 and 32,000:
-# smaller ones read the sum of the head's gradient too often, larger ones leave the cache. An accelerator
-# needs larger products to be busy; its number, in bytes of float32 logits, is a guess that keeps memory
-# small.
+# On a CPU blocks of 512 tokens were the fastest of 256, 512 and 1024 for the cross-entropy, at vocabularies
+# of 4,096 and 32,000: smaller ones read the sum of the head's gradient too often, larger ones leave the
+# cache. An accelerator needs larger products to be busy; its number, in bytes of float32 logits, is a guess
+# that keeps memory small.
 CPU_BLOCK_TOKENS = 512
 BLOCK_BYTES = 256 * 2**20
 
